@@ -1,0 +1,200 @@
+//! The one error type. Every variant carries what was found, what was expected and the way out,
+//! so that a caller can act on it and a user can read it.
+
+use std::path::PathBuf;
+
+/// Everything that can go wrong in this crate. A panic is a bug in the crate, never an answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A size or option of the layer that no device could run.
+    #[error("{field} is {found}, expected {expected}")]
+    InvalidConfig {
+        /// Name of the field, as in [`MoeConfig`](crate::MoeConfig) or a configuration file.
+        field: &'static str,
+        /// The value that was given.
+        found: String,
+        /// The values that are allowed.
+        expected: String,
+    },
+    /// A slice's length does not fit the layer.
+    #[error("{tensor} has {found} elements, expected {expected} = {shape}")]
+    LengthMismatch {
+        /// Name of the tensor or argument.
+        tensor: &'static str,
+        /// The expected shape, written out.
+        shape: String,
+        /// Elements expected.
+        expected: usize,
+        /// Elements found.
+        found: usize,
+    },
+    /// A value that is NaN or infinite where only numbers make sense.
+    #[error("{tensor} holds {value} at element {index}; only finite values are accepted")]
+    NonFinite {
+        /// Name of the tensor or argument.
+        tensor: String,
+        /// Position of the first such value, in elements.
+        index: usize,
+        /// The value itself.
+        value: f32,
+    },
+    /// Finite inputs whose router logits overflowed or became NaN.
+    #[error(
+        "the router logits of {num_tokens} token(s) are NaN or infinite, so their expert weights mean nothing; \
+         scale the activations or the router weights down"
+    )]
+    NonFiniteLogits {
+        /// Tokens concerned.
+        num_tokens: u32,
+    },
+    /// A weight that the chosen storage format cannot hold.
+    #[error("{tensor} holds {value} at element {index}, which {format} cannot represent; store the weights as f32")]
+    NotRepresentable {
+        /// Name of the tensor.
+        tensor: String,
+        /// Position of the first such value, in elements.
+        index: usize,
+        /// The value itself.
+        value: f32,
+        /// The storage format.
+        format: &'static str,
+    },
+    /// What the run needs is more than the adapter allows.
+    #[error("{what} needs {required}, the device allows {available}; {hint}")]
+    LimitExceeded {
+        /// The resource.
+        what: String,
+        /// How much the run needs.
+        required: u64,
+        /// How much there is.
+        available: u64,
+        /// What the caller can do about it.
+        hint: &'static str,
+    },
+    /// No device answers to the request.
+    #[error(
+        "no device matches {wanted:?}; found: {}; the embedded CPU engine is always there as \"cpu-engine\"",
+        list(found)
+    )]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// The adapters that exist, with their indices.
+        found: Vec<String>,
+    },
+    /// The driver refused to open the device.
+    #[error("{adapter} could not be opened: {message}")]
+    DeviceRequest {
+        /// The adapter's name.
+        adapter: String,
+        /// The driver's words.
+        message: String,
+    },
+    /// WGSL that the driver refused: a bug in this crate or in the driver.
+    #[error("kernel {kernel} did not compile:\n{message}")]
+    Kernel {
+        /// The kernel's label.
+        kernel: String,
+        /// The compiler's words.
+        message: String,
+    },
+    /// The device ran out of memory.
+    #[error("out of device memory while {during}; use fewer tokens, smaller weights or another device")]
+    OutOfMemory {
+        /// What was going on.
+        during: String,
+    },
+    /// The device reported an error that is none of the above.
+    #[error("the device reported an error while {during}: {message}")]
+    Device {
+        /// What was going on.
+        during: String,
+        /// The device's words.
+        message: String,
+    },
+    /// The device is gone: driver reset, removal or a crash. Nothing on it survives.
+    #[error("the device was lost ({message}); open a new context and build the layer again")]
+    DeviceLost {
+        /// The driver's words.
+        message: String,
+    },
+    /// A wait ran out of time.
+    #[error("{what} did not finish within {seconds} s")]
+    Timeout {
+        /// What was waited for.
+        what: &'static str,
+        /// The deadline, in seconds.
+        seconds: u64,
+    },
+    /// Something that only a GPU context can do was asked of the CPU engine, or the like.
+    #[error("{what} is not supported {by}; {hint}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// Who cannot do it.
+        by: String,
+        /// What would work.
+        hint: String,
+    },
+    /// Reading or writing a file failed.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// A file whose content cannot be what it claims to be.
+    #[error("{path}: {message}", path = path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, what was expected, and where.
+        message: String,
+    },
+    /// A tensor that the file should hold.
+    #[error("{path}: no tensor {tensor:?}; {hint}", path = path.display())]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The name that was looked for.
+        tensor: String,
+        /// Names that are there, or what to do.
+        hint: String,
+    },
+    /// A tensor whose shape or type is not what the configuration says.
+    #[error("{path}: tensor {tensor:?} is {found}, expected {expected}", path = path.display())]
+    BadTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// Its type and shape, or what is wrong with it.
+        found: String,
+        /// What the configuration asks for.
+        expected: String,
+    },
+    /// A family description that cannot be used.
+    #[error("{path}: {message}", path = path.display())]
+    BadFamily {
+        /// The TOML file, or the built-in one's name.
+        path: PathBuf,
+        /// What is wrong and in which line.
+        message: String,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "no adapters at all".to_owned() } else { names.join(", ") }
+}
+
+impl Error {
+    /// A configuration error, in one line at the call site.
+    pub(crate) fn config(field: &'static str, found: impl ToString, expected: impl Into<String>) -> Self {
+        Error::InvalidConfig { field, found: found.to_string(), expected: expected.into() }
+    }
+}
