@@ -74,7 +74,7 @@ pub enum Error {
     },
     /// No device answers to the request.
     #[error(
-        "no device matches {wanted:?}; found: {}; the embedded CPU engine is always there as \"cpu-engine\"",
+        "no device matches {wanted:?}; found: {}; the embedded CPU engine is always there as \"cpu\"",
         list(found)
     )]
     NoDevice {
@@ -128,7 +128,7 @@ pub enum Error {
         seconds: u64,
     },
     /// Something that only a GPU context can do was asked of the CPU engine, or the like.
-    #[error("{what} is not supported {by}; {hint}")]
+    #[error("{what} is not possible {by}; {hint}")]
     Unsupported {
         /// What was asked for.
         what: String,

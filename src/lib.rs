@@ -1,12 +1,24 @@
 //! wgmoe
 #![deny(missing_docs)]
 
+pub mod context;
+pub mod cpu;
 pub mod error;
+pub mod gpu;
+pub mod kernels;
+pub mod layer;
 pub mod model;
+pub mod plan;
 pub mod reference;
 
+pub use context::Context;
 pub use error::{Error, Result};
+pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, StageTime, adapters};
+pub use kernels::matmul::{MatmulChoice, MatmulVariant};
+pub use layer::{LayerOptions, MoeLayer};
 pub use model::activation::Activation;
 pub use model::config::MoeConfig;
 pub use model::routing::{Routing, RoutingDecision, Scores};
 pub use model::weights::{MoeWeights, WeightFormat};
+pub use plan::Plan;
+pub use wgpu;

@@ -1,0 +1,38 @@
+// combine: weighted sum of each token's expert outputs, back in token order.
+//
+//     y[t, :] = sum over j < top_k of topk_weights[t, j] * expert_out[row_of_assignment[t, j], :]
+//
+// CPU twin   src/reference/combine.rs
+// Mapping    one invocation = one element of y; workgroup = WG_SIZE neighbouring elements of one token
+// Grid       [num_tokens * ceil(hidden_size / WG_SIZE)], folded
+// Requires   nothing
+// Numerics   f32, j ascending, no atomics: the same bits every time
+
+@group(0) @binding(0) var<uniform>             params:            MoeParams;
+@group(0) @binding(1) var<storage, read>       expert_out:        array<f32>; // [num_rows, hidden_stride]
+@group(0) @binding(2) var<storage, read>       row_of_assignment: array<u32>; // [num_tokens, top_k]
+@group(0) @binding(3) var<storage, read>       topk_weights:      array<f32>; // [num_tokens, top_k]
+@group(0) @binding(4) var<storage, read_write> y:                 array<f32>; // [num_tokens, hidden_size]
+
+override WG_SIZE: u32 = 64;
+
+@compute @workgroup_size(WG_SIZE)
+fn combine(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let blocks = (params.hidden_size + WG_SIZE - 1u) / WG_SIZE;
+    let index = flat_group(group, groups);
+    let token = index / blocks;
+    let column = (index % blocks) * WG_SIZE + lane;
+    if token >= params.num_tokens || column >= params.hidden_size { return; }
+
+    var sum = 0.0;
+    for (var a = token * params.top_k; a < (token + 1u) * params.top_k; a++) {
+        let row = row_of_assignment[a];
+        if row == DROPPED { continue; }
+        sum = fma(topk_weights[a], expert_out[row * params.hidden_stride + column], sum);
+    }
+    y[token * params.hidden_size + column] = sum;
+}

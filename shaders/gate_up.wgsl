@@ -1,0 +1,32 @@
+// gate_up: each expert's first projections and its activation, for the rows routed to it.
+//
+//     intermediate[r, i] = activate(x[token, :] . gate_proj[expert, i, :], x[token, :] . up_proj[expert, i, :])
+//
+// CPU twin   src/reference/gate_up.rs
+// Mapping    that of the grouped matmul concatenated to it (matmul_*.wgsl). This file says what the rows of its
+//            input are and what happens to its sums
+// Grid       [num_tile_slots * num_column_tiles], folded; one dispatch per weight page
+// Requires   packed columns interleave gate and up: 2*i is gate_proj row i, 2*i+1 is up_proj row i
+// Numerics   f32 sums, inputs ascending; x is gathered while loading and the result is written once
+
+@group(0) @binding(0) var<uniform>             params:       MatmulParams;
+@group(0) @binding(5) var<storage, read_write> intermediate: array<vec2<f32>>; // [num_rows, out_stride]
+
+// The input row of a row: its token.
+fn input_row(row: u32) -> u32 {
+    return assignment_of(row) / params.top_k;
+}
+
+// Takes the sums of packed columns column .. column+3: (gate i, up i, gate i+1, up i+1) with i = column / 2.
+fn store_sums(row: u32, column: u32, sums: vec4<f32>) {
+    intermediate[(row * params.out_stride + column / 2u) / 2u] = activate(sums.xz, sums.yw);
+}
+
+@compute @workgroup_size(WG_SIZE)
+fn gate_up(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    grouped_matmul(flat_group(group, groups), lane);
+}

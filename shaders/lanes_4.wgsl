@@ -1,0 +1,20 @@
+// lanes_4: how a subgroup of 4 lanes holds and broadcasts the inputs of 8 rows. No entry point.
+
+// The input rows whose values this lane loads: rows lane and lane + 4 of the block that starts at `first`.
+alias BlockRows = vec2<u32>;
+
+fn block_rows(tile: Tile, first: u32, lane: u32) -> BlockRows {
+    return vec2<u32>(
+        input_row(tile_row(tile, first + lane % 4u)), input_row(tile_row(tile, first + lane % 4u + 4u)));
+}
+
+// The sums of 8 rows, plus their inputs 4*k .. 4*k+3 times the weights of this lane's columns.
+fn step8(sums: Rows8, rows: BlockRows, k: u32, w: mat4x4<f32>) -> Rows8 {
+    let x = load_input4(rows.x, params.x_stride, k);
+    let z = load_input4(rows.y, params.x_stride, k);
+    return Rows8(
+        step(sums.r0, subgroupBroadcast(x, 0u), w), step(sums.r1, subgroupBroadcast(x, 1u), w),
+        step(sums.r2, subgroupBroadcast(x, 2u), w), step(sums.r3, subgroupBroadcast(x, 3u), w),
+        step(sums.r4, subgroupBroadcast(z, 0u), w), step(sums.r5, subgroupBroadcast(z, 1u), w),
+        step(sums.r6, subgroupBroadcast(z, 2u), w), step(sums.r7, subgroupBroadcast(z, 3u), w));
+}

@@ -1,0 +1,21 @@
+// matmul_params: the uniform of the grouped matmul, and the arithmetic that its variants share.
+// No entry point. Rust side: src/kernels/params.rs, compared field by field in tests/shader_contract.rs.
+
+struct MatmulParams {
+    num_tile_slots: u32,   // tiles launched: an upper bound, whatever the routing
+    num_column_tiles: u32, // workgroups side by side for one tile
+    first_expert: u32,     // experts of this weight page: first_expert..end_expert
+    end_expert: u32,
+    first_column: u32,     // packed columns of this page: first_column..first_column + num_columns
+    num_columns: u32,
+    k4: u32,               // length of a packed weight row, in vec4
+    x_stride: u32,         // elements from one input row to the next
+    out_stride: u32,       // elements from one output row to the next
+    num_assignments: u32,
+    num_experts: u32,
+    top_k: u32,
+}
+
+// Columns that one lane owns. gate_up packs (gate i, up i, gate i+1, up i+1) into them, so that the
+// activation finds both of its operands in the same lane.
+const LANE_COLUMNS: u32 = 4u;

@@ -1,0 +1,81 @@
+// matmul_tiled: the grouped matmul as tiles in workgroup memory, for GPUs with fast workgroup memory. No entry point.
+//
+// The idea
+//     workgroup = TILE_M rows x TILE_N packed columns of one expert; lane = 4 rows x 4 columns
+//     for each TILE_K inputs: all lanes copy the rows' inputs and the columns' weights to workgroup memory;
+//         each lane multiplies its 4 rows by its 4 columns from there
+// Departures from it
+//     1. Rows in tile_w are shuffled so that neighbouring lanes read neighbouring rows, and both tiles are one vec4
+//        wider than TILE_K: no bank conflicts.
+//     2. Rows past the tile's end are loaded again, computed and not stored: every lane reaches every barrier.
+
+override TILE_M: u32 = 32;
+override TILE_N: u32 = 64;
+override WG_SIZE: u32 = 128; // TILE_M * TILE_N / 16
+
+const TILE_K4: u32 = 4u;   // vec4s of a row per round
+const STRIDE: u32 = 5u;    // TILE_K4 + 1
+
+var<workgroup> tile_x: array<vec4<f32>, TILE_M * STRIDE>;
+var<workgroup> tile_w: array<vec4<f32>, TILE_N * STRIDE>;
+
+// Sums of four rows; each vec4 is the lane's four columns.
+struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
+
+fn grouped_matmul(group: u32, lane: u32) {
+    let slot = group / params.num_column_tiles;
+    if slot >= params.num_tile_slots { return; }
+    let tile = find_tile(slot);
+    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let first_column = (group % params.num_column_tiles) * TILE_N;
+    let first_weight_row = (tile.expert - params.first_expert) * params.num_columns;
+
+    let lanes_across = TILE_N / LANE_COLUMNS;
+    let across = lane % lanes_across;
+    let first = (lane / lanes_across) * 4u;
+    var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
+    for (var k = 0u; k < params.k4; k += TILE_K4) {
+        workgroupBarrier();
+        fill_tiles(tile, first_weight_row, first_column, k, lane);
+        workgroupBarrier();
+        for (var i = 0u; i < TILE_K4; i++) {
+            let w = transpose(mat4x4<f32>(
+                tile_w[across * STRIDE + i], tile_w[(across + lanes_across) * STRIDE + i],
+                tile_w[(across + 2u * lanes_across) * STRIDE + i], tile_w[(across + 3u * lanes_across) * STRIDE + i]));
+            sums.r0 = step(sums.r0, tile_x[first * STRIDE + i], w);
+            sums.r1 = step(sums.r1, tile_x[(first + 1u) * STRIDE + i], w);
+            sums.r2 = step(sums.r2, tile_x[(first + 2u) * STRIDE + i], w);
+            sums.r3 = step(sums.r3, tile_x[(first + 3u) * STRIDE + i], w);
+        }
+    }
+
+    let column = first_column + across * LANE_COLUMNS;
+    if column >= params.num_columns { return; }
+    let out = params.first_column + column;
+    if first < tile.num_rows { store_sums(tile_row(tile, first), out, sums.r0); }
+    if first + 1u < tile.num_rows { store_sums(tile_row(tile, first + 1u), out, sums.r1); }
+    if first + 2u < tile.num_rows { store_sums(tile_row(tile, first + 2u), out, sums.r2); }
+    if first + 3u < tile.num_rows { store_sums(tile_row(tile, first + 3u), out, sums.r3); }
+}
+
+// Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and columns; zeros past the end.
+fn fill_tiles(tile: Tile, first_weight_row: u32, first_column: u32, k: u32, lane: u32) {
+    for (var i = lane; i < TILE_M * TILE_K4; i += WG_SIZE) {
+        let row = i / TILE_K4;
+        let at = k + i % TILE_K4;
+        var value = vec4<f32>(0.0);
+        if at < params.k4 { value = load_input4(input_row(tile_row(tile, row)), params.x_stride, at); }
+        tile_x[row * STRIDE + i % TILE_K4] = value;
+    }
+    for (var i = lane; i < TILE_N * TILE_K4; i += WG_SIZE) {
+        let column = i / TILE_K4;
+        let at = k + i % TILE_K4;
+        var value = vec4<f32>(0.0);
+        if at < params.k4 && first_column + column < params.num_columns {
+            value = load_weights4(first_weight_row + first_column + column, at);
+        }
+        // column 4*q + c of the tile stands in row c * (TILE_N / 4) + q
+        let place = (column % LANE_COLUMNS) * (TILE_N / LANE_COLUMNS) + column / LANE_COLUMNS;
+        tile_w[place * STRIDE + i % TILE_K4] = value;
+    }
+}

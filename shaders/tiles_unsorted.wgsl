@@ -1,0 +1,41 @@
+// tiles_unsorted: for a few tokens, tiles found by scanning the assignments, so that no sort is needed. No entry point.
+//
+// Rows are assignments: row a is assignment a. Slot a holds a tile if a is assignment number 0, 4, 8, ... of its
+// expert; the tile is a and the next three of that expert. The other slots return at once.
+
+struct Tile {
+    expert: u32, // num_experts: nothing to do
+    num_rows: u32,
+    rows: vec4<u32>,
+}
+
+@group(0) @binding(3) var<storage, read> topk_experts: array<u32>; // [num_tokens, top_k]
+
+fn find_tile(slot: u32) -> Tile {
+    let expert = topk_experts[slot];
+    var earlier = 0u;
+    for (var a = 0u; a < slot; a++) {
+        earlier += select(0u, 1u, topk_experts[a] == expert);
+    }
+    if earlier % 4u != 0u { return Tile(params.num_experts, 0u, vec4<u32>(0u)); }
+    var rows = vec4<u32>(slot);
+    var num_rows = 1u;
+    for (var a = slot + 1u; a < params.num_assignments && num_rows < 4u; a++) {
+        if topk_experts[a] == expert {
+            // Lanes past the tile's end repeat its last row.
+            if num_rows == 1u { rows.y = a; }
+            if num_rows <= 2u { rows.z = a; }
+            rows.w = a;
+            num_rows++;
+        }
+    }
+    return Tile(expert, num_rows, rows);
+}
+
+fn tile_row(tile: Tile, i: u32) -> u32 {
+    return tile.rows[i];
+}
+
+fn assignment_of(row: u32) -> u32 {
+    return row;
+}

@@ -1,0 +1,358 @@
+//! One open device, its error channels, its waits, and counts of what was done with it.
+
+use super::adapter::{self, DeviceInfo};
+use super::pipeline::Pipeline;
+use crate::error::{Error, Result};
+use crate::plan::DeviceProfile;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context as TaskContext, Poll, Waker};
+use std::time::Duration;
+
+/// How long a wait may take before it is given up, unless [`Gpu::set_deadline`] says otherwise.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// An open device. Cheap to clone; all clones are the same device.
+#[derive(Clone)]
+pub struct Gpu {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    info: DeviceInfo,
+    profile: DeviceProfile,
+    faults: Arc<Faults>,
+    pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
+    deadline: Mutex<Duration>,
+    counters: Counters,
+}
+
+/// What the device reported outside of any scope of ours.
+#[derive(Default)]
+struct Faults {
+    lost: Mutex<Option<String>>,
+    uncaptured: Mutex<Option<wgpu::Error>>,
+}
+
+/// Counts since the device was opened.
+#[derive(Default)]
+struct Counters {
+    allocations: AtomicU64,
+    readbacks: AtomicU64,
+}
+
+/// A lock that a panicking thread cannot poison for the others: what it guards is valid at every step.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gpu {
+    /// Opens `adapter` with the WebGPU default limits, or with all that it has.
+    pub(crate) async fn open(adapter: &wgpu::Adapter, all_limits: bool) -> Result<Self> {
+        let info = adapter.get_info();
+        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let desc = wgpu::DeviceDescriptor {
+            label: Some("wgmoe"),
+            required_features: adapter.features() & wanted,
+            required_limits: if all_limits { adapter.limits() } else { wgpu::Limits::default() },
+            ..Default::default()
+        };
+        let (device, queue) = adapter
+            .request_device(&desc)
+            .await
+            .map_err(|e| Error::DeviceRequest { adapter: info.name.clone(), message: e.to_string() })?;
+        let gpu = Self::wrap(device, queue);
+        let faults = gpu.inner.faults.clone();
+        gpu.inner.device.on_uncaptured_error(Arc::new(move |error| {
+            lock(&faults.uncaptured).get_or_insert(error);
+        }));
+        let faults = gpu.inner.faults.clone();
+        gpu.inner.device.set_device_lost_callback(move |reason, message| {
+            lock(&faults.lost).get_or_insert(format!("{reason:?}: {message}"));
+        });
+        Ok(gpu)
+    }
+
+    /// Uses a device that the caller opened. Its error and loss handlers are the caller's and stay in place.
+    pub fn wrap(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let info = device.adapter_info();
+        let limits = device.limits();
+        let (min, max) = (info.subgroup_min_size, info.subgroup_max_size);
+        let has_subgroups = device.features().contains(wgpu::Features::SUBGROUP) && min == max && min >= 4;
+        let profile = DeviceProfile {
+            max_storage_binding: limits.max_storage_buffer_binding_size,
+            max_buffer: limits.max_buffer_size,
+            max_workgroups_per_dimension: limits.max_compute_workgroups_per_dimension,
+            max_invocations: limits.max_compute_invocations_per_workgroup,
+            max_workgroup_storage: limits.max_compute_workgroup_storage_size,
+            max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
+            subgroup_size: has_subgroups.then_some(min),
+            software: info.device_type == wgpu::DeviceType::Cpu,
+        };
+        let info = adapter::device_info(&info);
+        let inner = Inner {
+            device,
+            queue,
+            info,
+            profile,
+            faults: Arc::default(),
+            pipelines: Mutex::default(),
+            deadline: Mutex::new(DEADLINE),
+            counters: Counters::default(),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// The wgpu device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.inner.device
+    }
+
+    /// The wgpu queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.inner.queue
+    }
+
+    /// Name, backend, driver, kind.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.inner.info
+    }
+
+    /// What plans need to know.
+    pub fn profile(&self) -> &DeviceProfile {
+        &self.inner.profile
+    }
+
+    /// Waits end with [`Error::Timeout`] after this long.
+    pub fn set_deadline(&self, deadline: Duration) {
+        *lock(&self.inner.deadline) = deadline;
+    }
+
+    /// Buffers created so far.
+    pub fn allocations(&self) -> u64 {
+        self.inner.counters.allocations.load(Ordering::Relaxed)
+    }
+
+    /// Buffers read back to the host so far.
+    pub fn readbacks(&self) -> u64 {
+        self.inner.counters.readbacks.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn has_timestamps(&self) -> bool {
+        self.device().features().contains(wgpu::Features::TIMESTAMP_QUERY)
+    }
+
+    pub(super) fn pipelines(&self) -> MutexGuard<'_, HashMap<String, Arc<Pipeline>>> {
+        lock(&self.inner.pipelines)
+    }
+
+    /// Runs `create` with every error of the device caught and typed.
+    pub(crate) async fn scoped<T>(&self, during: &str, create: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
+        let device = self.device();
+        let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let result = create(device);
+        // All three have to be popped, innermost first, before any is looked at.
+        let errors = [internal.pop().await, validation.pop().await, memory.pop().await];
+        match errors.into_iter().flatten().next() {
+            None => Ok(result),
+            Some(error) => Err(typed(error, during)),
+        }
+    }
+
+    /// A buffer, or a typed error. Its content is zero.
+    pub(crate) async fn buffer(&self, label: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        self.create_buffer(label, bytes, usage, false).await
+    }
+
+    /// A buffer that the host can write at once; [`wgpu::Buffer::unmap`] hands it to the device.
+    pub(crate) async fn mapped_buffer(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        self.create_buffer(label, bytes, usage, true).await
+    }
+
+    async fn create_buffer(
+        &self,
+        label: &str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+        mapped_at_creation: bool,
+    ) -> Result<wgpu::Buffer> {
+        let available = self.device().limits().max_buffer_size;
+        if bytes > available {
+            return Err(Error::LimitExceeded {
+                what: format!("buffer {label}"),
+                required: bytes,
+                available,
+                hint: "use fewer tokens or a device with larger limits",
+            });
+        }
+        self.inner.counters.allocations.fetch_add(1, Ordering::Relaxed);
+        let desc = wgpu::BufferDescriptor { label: Some(label), size: bytes, usage, mapped_at_creation };
+        self.scoped(&format!("creating buffer {label} of {bytes} bytes"), |device| device.create_buffer(&desc)).await
+    }
+
+    /// A buffer with `content`, uploaded at creation.
+    pub(crate) async fn filled_buffer(
+        &self,
+        label: &str,
+        content: &[u8],
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let buffer = self.mapped_buffer(label, (content.len() as u64).next_multiple_of(4), usage).await?;
+        write_mapped(&buffer, content)?;
+        buffer.unmap();
+        Ok(buffer)
+    }
+
+    /// Whatever went wrong since the last look, outside of scopes.
+    pub(crate) fn check(&self, during: &str) -> Result<()> {
+        if let Some(message) = lock(&self.inner.faults.lost).clone() {
+            return Err(Error::DeviceLost { message });
+        }
+        match lock(&self.inner.faults.uncaptured).take() {
+            Some(error) => Err(typed(error, during)),
+            None => Ok(()),
+        }
+    }
+
+    /// Submits and waits until the device is done.
+    pub(crate) async fn run(&self, commands: wgpu::CommandBuffer, during: &'static str) -> Result<()> {
+        let done = Signal::default();
+        let notify = done.clone();
+        self.submit(commands);
+        self.queue().on_submitted_work_done(move || notify.set(Ok(())));
+        self.wait(&done, during).await?;
+        self.check(during)
+    }
+
+    /// Submits without waiting.
+    pub(crate) fn submit(&self, commands: wgpu::CommandBuffer) {
+        self.queue().submit([commands]);
+    }
+
+    /// Starts mapping a whole buffer for reading (`Read`) or writing (`Write`).
+    pub(crate) fn map(&self, buffer: &wgpu::Buffer, mode: wgpu::MapMode) -> Signal {
+        if mode == wgpu::MapMode::Read {
+            self.inner.counters.readbacks.fetch_add(1, Ordering::Relaxed);
+        }
+        let done = Signal::default();
+        let notify = done.clone();
+        buffer.map_async(mode, .., move |result| notify.set(result.map_err(|e| e.to_string())));
+        done
+    }
+
+    /// Waits for `signal`, driving the device, until the deadline.
+    pub(crate) async fn wait(&self, signal: &Signal, during: &'static str) -> Result<()> {
+        #[cfg(not(target_arch = "wasm32"))]
+        {
+            let deadline = *lock(&self.inner.deadline);
+            let start = std::time::Instant::now();
+            while signal.peek().is_none() {
+                self.check(during)?;
+                let left = deadline.saturating_sub(start.elapsed());
+                if left.is_zero() {
+                    return Err(Error::Timeout { what: during, seconds: deadline.as_secs() });
+                }
+                // Short slices, so that a lost device is noticed even if its callbacks never come.
+                let timeout = Some(left.min(Duration::from_secs(1)));
+                match self.device().poll(wgpu::PollType::Wait { submission_index: None, timeout }) {
+                    Ok(_) | Err(wgpu::PollError::Timeout) => {}
+                    Err(error) => {
+                        return Err(Error::Device { during: during.to_owned(), message: error.to_string() });
+                    }
+                }
+            }
+        }
+        match signal.clone().await {
+            Ok(()) => Ok(()),
+            Err(message) => {
+                self.check(during)?;
+                Err(Error::Device { during: during.to_owned(), message })
+            }
+        }
+    }
+}
+
+/// Writes the front of a mapped buffer.
+pub(crate) fn write_mapped(buffer: &wgpu::Buffer, content: &[u8]) -> Result<()> {
+    if content.is_empty() {
+        return Ok(());
+    }
+    let failed = |message: String| Error::Device { during: "writing to a mapped buffer".to_owned(), message };
+    let mut view = buffer.get_mapped_range_mut(..).map_err(|e| failed(e.to_string()))?;
+    view.slice(..content.len()).copy_from_slice(content);
+    Ok(())
+}
+
+/// Hands the bytes of a mapped buffer to `read`, then unmaps it.
+pub(crate) fn read_mapped<T>(buffer: &wgpu::Buffer, read: impl FnOnce(&[u8]) -> T) -> Result<T> {
+    let result = {
+        let view = buffer.get_mapped_range(..).map_err(|e| Error::Device {
+            during: "reading a mapped buffer".to_owned(),
+            message: e.to_string(),
+        })?;
+        read(&view)
+    };
+    buffer.unmap();
+    Ok(result)
+}
+
+pub(super) fn typed(error: wgpu::Error, during: &str) -> Error {
+    let during = during.to_owned();
+    match error {
+        wgpu::Error::OutOfMemory { .. } => Error::OutOfMemory { during },
+        other => Error::Device { during, message: other.to_string() },
+    }
+}
+
+/// A one-shot result that a callback sets and a task awaits.
+#[derive(Clone, Default)]
+pub(crate) struct Signal {
+    state: Arc<Mutex<SignalState>>,
+}
+
+#[derive(Default)]
+struct SignalState {
+    result: Option<Result<(), String>>,
+    waker: Option<Waker>,
+}
+
+impl Signal {
+    fn set(&self, result: Result<(), String>) {
+        let mut state = lock(&self.state);
+        state.result = Some(result);
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn peek(&self) -> Option<Result<(), String>> {
+        lock(&self.state).result.clone()
+    }
+}
+
+impl Future for Signal {
+    type Output = Result<(), String>;
+
+    fn poll(self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Self::Output> {
+        let mut state = lock(&self.state);
+        match state.result.clone() {
+            Some(result) => Poll::Ready(result),
+            None => {
+                state.waker = Some(task.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}

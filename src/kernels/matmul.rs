@@ -1,0 +1,190 @@
+//! The grouped matmul that gate_up and down share: its variants and their tile sizes.
+
+use super::{Access, Input, Kernel, Part, Stage, bind, wgsl};
+use crate::error::Error;
+use crate::model::weights::WeightFormat;
+use std::str::FromStr;
+
+/// Packed columns that one lane owns (`LANE_COLUMNS` in `shaders/matmul_params.wgsl`).
+pub const LANE_COLUMNS: u32 = 4;
+/// Rows of a tile of the subgroup variant.
+const SUBGROUP_ROWS: u32 = 32;
+/// Rows of a tile of the vec variant.
+pub const VEC_ROWS: u32 = 4;
+
+/// The ways to compute the grouped matmul. All share bindings and reference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum MatmulVariant {
+    /// Tiles in workgroup memory: GPUs.
+    Tiled,
+    /// Register tiles fed by subgroup broadcasts: adapters with a fixed subgroup size, software drivers above all.
+    Subgroup,
+    /// Matrix-vector: few rows for each expert.
+    Vec,
+}
+
+impl MatmulVariant {
+    /// Every variant.
+    pub const ALL: &'static [MatmulVariant] = &[MatmulVariant::Tiled, MatmulVariant::Subgroup, MatmulVariant::Vec];
+
+    /// The name used on the command line and in labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            MatmulVariant::Tiled => "tiled",
+            MatmulVariant::Subgroup => "subgroup",
+            MatmulVariant::Vec => "vec",
+        }
+    }
+}
+
+impl FromStr for MatmulVariant {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        let known = || MatmulVariant::ALL.iter().map(|v| v.name()).collect::<Vec<_>>().join(", ");
+        MatmulVariant::ALL
+            .iter()
+            .copied()
+            .find(|v| v.name() == name)
+            .ok_or_else(|| Error::config("matmul", name, format!("one of {}", known())))
+    }
+}
+
+/// A variant with its sizes: what the plan chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum MatmulChoice {
+    /// `tile_m` rows by `tile_n` packed columns, both multiples of 4; `tile_m * tile_n / 16` lanes.
+    Tiled {
+        /// Rows.
+        tile_m: u32,
+        /// Packed columns.
+        tile_n: u32,
+    },
+    /// 32 rows by `4 * subgroup_size` packed columns.
+    Subgroup {
+        /// The adapter's one and only subgroup size, at least 4.
+        subgroup_size: u32,
+    },
+    /// 4 rows by `4 * workgroup_size / k_lanes` packed columns.
+    Vec {
+        /// Lanes.
+        workgroup_size: u32,
+        /// Lanes that share a dot product.
+        k_lanes: u32,
+        /// Tiles come from permute; if not, rows are assignments and each workgroup looks for its own tile.
+        sorted: bool,
+    },
+}
+
+impl MatmulChoice {
+    /// One of each kind, for lists and tests.
+    pub fn examples() -> Vec<MatmulChoice> {
+        vec![
+            MatmulChoice::Tiled { tile_m: 32, tile_n: 64 },
+            MatmulChoice::Subgroup { subgroup_size: 4 },
+            MatmulChoice::Subgroup { subgroup_size: 8 },
+            MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: true },
+            MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: false },
+        ]
+    }
+
+    /// Which variant it is.
+    pub fn variant(self) -> MatmulVariant {
+        match self {
+            MatmulChoice::Tiled { .. } => MatmulVariant::Tiled,
+            MatmulChoice::Subgroup { .. } => MatmulVariant::Subgroup,
+            MatmulChoice::Vec { .. } => MatmulVariant::Vec,
+        }
+    }
+
+    /// Most rows of a tile.
+    pub fn tile_m(self) -> u32 {
+        match self {
+            MatmulChoice::Tiled { tile_m, .. } => tile_m,
+            MatmulChoice::Subgroup { .. } => SUBGROUP_ROWS,
+            MatmulChoice::Vec { .. } => VEC_ROWS,
+        }
+    }
+
+    /// Packed columns of a workgroup.
+    pub fn tile_n(self) -> u32 {
+        match self {
+            MatmulChoice::Tiled { tile_n, .. } => tile_n,
+            MatmulChoice::Subgroup { subgroup_size } => LANE_COLUMNS * subgroup_size,
+            MatmulChoice::Vec { workgroup_size, k_lanes, .. } => LANE_COLUMNS * workgroup_size / k_lanes,
+        }
+    }
+
+    /// Whether rows are sorted by expert, which takes a permute.
+    pub fn sorted(self) -> bool {
+        !matches!(self, MatmulChoice::Vec { sorted: false, .. })
+    }
+
+    fn workgroup_size(self) -> u32 {
+        match self {
+            MatmulChoice::Tiled { tile_m, tile_n } => tile_m * tile_n / 16,
+            MatmulChoice::Subgroup { subgroup_size } => subgroup_size,
+            MatmulChoice::Vec { workgroup_size, .. } => workgroup_size,
+        }
+    }
+
+    /// The variant's name and what distinguishes its source.
+    pub fn label(self) -> String {
+        match self {
+            MatmulChoice::Tiled { .. } => "tiled".to_owned(),
+            MatmulChoice::Subgroup { subgroup_size } => format!("subgroup{}", subgroup_size.min(8)),
+            MatmulChoice::Vec { sorted: true, .. } => "vec".to_owned(),
+            MatmulChoice::Vec { sorted: false, .. } => "vec_unsorted".to_owned(),
+        }
+    }
+
+    /// The kernel of `stage`, whose own files come last; the caller adds the output binding 5.
+    pub(super) fn kernel(self, stage: Stage, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
+        let weights = match format {
+            WeightFormat::F32 => wgsl!("weights_f32"),
+            WeightFormat::F16 => wgsl!("weights_f16"),
+        };
+        let mut parts = vec![wgsl!("moe_params"), wgsl!("matmul_params"), wgsl!("step"), weights, input.part()];
+        parts.push(if self.sorted() { wgsl!("tiles_sorted") } else { wgsl!("tiles_unsorted") });
+        match self {
+            MatmulChoice::Tiled { .. } => parts.push(wgsl!("matmul_tiled")),
+            MatmulChoice::Subgroup { subgroup_size } => {
+                parts.push(if subgroup_size < 8 { wgsl!("lanes_4") } else { wgsl!("lanes_8") });
+                parts.push(wgsl!("matmul_subgroup"));
+            }
+            MatmulChoice::Vec { .. } => parts.extend([wgsl!("reduce"), wgsl!("matmul_vec")]),
+        }
+        parts.extend(own);
+
+        let mut bindings = vec![
+            bind(0, "params", Access::Uniform),
+            bind(1, "weights", Access::Read), // [page experts, num_columns, 4 * k4]
+            bind(2, "x", Access::Read),       // [rows, x_stride]
+        ];
+        if self.sorted() {
+            bindings.push(bind(3, "tiles", Access::Read)); // [num_tile_slots]
+            // Only gate_up asks which assignment a row is.
+            if stage == Stage::GateUp {
+                bindings.push(bind(4, "assignment_of_row", Access::Read)); // [num_rows]
+            }
+        } else {
+            bindings.push(bind(3, "topk_experts", Access::Read)); // [num_tokens, top_k]
+        }
+        let mut overrides = vec![("WG_SIZE", self.workgroup_size())];
+        match self {
+            MatmulChoice::Tiled { tile_m, tile_n } => overrides.extend([("TILE_M", tile_m), ("TILE_N", tile_n)]),
+            MatmulChoice::Subgroup { .. } => {}
+            MatmulChoice::Vec { k_lanes, .. } => overrides.push(("K_LANES", k_lanes)),
+        }
+        Kernel {
+            stage,
+            label: format!("{}.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
+            parts,
+            bindings,
+            overrides,
+            workgroup_size: self.workgroup_size(),
+            needs_subgroups: self.variant() == MatmulVariant::Subgroup,
+        }
+    }
+}

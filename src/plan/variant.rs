@@ -1,0 +1,75 @@
+//! Which variant of the grouped matmul a pass uses: a pure function of layer, batch and device.
+
+use super::DeviceProfile;
+use crate::error::{Error, Result};
+use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
+use crate::model::config::MoeConfig;
+
+/// Up to this many tokens, sorting costs more than it saves: four dispatches do without it.
+pub const FEW_TOKENS: u32 = 16;
+/// Up to this many rows for each expert, the matmul is a handful of matrix-vector products.
+const FEW_ROWS: u32 = 2;
+
+/// What a caller asks of the choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MatmulRequest {
+    /// Use this variant whatever the batch: then a token's bits do not depend on the batch size either.
+    /// `None` lets rows per expert decide.
+    pub variant: Option<MatmulVariant>,
+    /// Use exactly this choice. For tests and tuning; takes precedence.
+    pub choice: Option<MatmulChoice>,
+}
+
+impl MatmulRequest {
+    /// The device can run what is asked for.
+    pub fn check(&self, device: &DeviceProfile) -> Result<()> {
+        let variant = self.choice.map(MatmulChoice::variant).or(self.variant);
+        if variant == Some(MatmulVariant::Subgroup) && device.subgroup_size.is_none() {
+            return Err(Error::Unsupported {
+                what: "the subgroup variant".to_owned(),
+                by: "on this device (it needs subgroup operations and one fixed subgroup size of at least 4)".to_owned(),
+                hint: "use the tiled or vec variant".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The table. Rows per expert decide, not tokens; the kind of device decides how tiles are fed.
+pub fn choose(
+    config: &MoeConfig,
+    num_tokens: u32,
+    device: &DeviceProfile,
+    request: &MatmulRequest,
+) -> MatmulChoice {
+    if let Some(choice) = request.choice {
+        return choice;
+    }
+    let assignments = num_tokens.saturating_mul(config.top_k());
+    let rows_per_expert = assignments.div_ceil(config.num_experts().min(assignments));
+    let tiles = match device.subgroup_size {
+        Some(subgroup_size) if device.software => MatmulChoice::Subgroup { subgroup_size },
+        _ => MatmulChoice::Tiled { tile_m: rows_per_expert.next_power_of_two().clamp(16, 64), tile_n: 64 },
+    };
+    match request.variant {
+        Some(MatmulVariant::Vec) => vec(num_tokens, device),
+        Some(MatmulVariant::Tiled) if tiles.variant() == MatmulVariant::Tiled => tiles,
+        Some(MatmulVariant::Tiled) => MatmulChoice::Tiled { tile_m: 32, tile_n: 64 },
+        Some(MatmulVariant::Subgroup) => match device.subgroup_size {
+            Some(subgroup_size) => MatmulChoice::Subgroup { subgroup_size },
+            None => tiles, // MatmulRequest::check has refused this
+        },
+        None if num_tokens <= FEW_TOKENS || rows_per_expert <= FEW_ROWS => vec(num_tokens, device),
+        None => tiles,
+    }
+}
+
+fn vec(num_tokens: u32, device: &DeviceProfile) -> MatmulChoice {
+    let sorted = num_tokens > FEW_TOKENS;
+    if device.software {
+        // Loads are scalar and barriers expensive: no sharing of sums, just enough lanes to fill the vector unit.
+        MatmulChoice::Vec { workgroup_size: device.subgroup_size.unwrap_or(8), k_lanes: 1, sorted }
+    } else {
+        MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted }
+    }
+}
