@@ -2,6 +2,9 @@
 //! Nothing here knows that GPUs exist.
 
 pub mod activation;
+pub mod checkpoint;
 pub mod config;
+pub mod family;
 pub mod routing;
+pub(crate) mod tensor_file;
 pub mod weights;
