@@ -135,7 +135,9 @@ pub(crate) struct ModelConfig {
 impl ModelConfig {
     pub fn parse(path: &Path, json: &[u8]) -> Result<Self> {
         let bad = |message| Error::BadFile { path: path.to_owned(), message };
-        let value = serde_json::from_slice(json).map_err(|e| bad(format!("the configuration is not JSON: {e}")))?;
+        let value = serde_json::from_slice(json)
+            .or_else(|error| serde_json::from_slice(&without_infinities(json)).map_err(|_| error))
+            .map_err(|error| bad(format!("the configuration is not JSON: {error}")))?;
         let Value::Object(mut outer) = value else {
             return Err(bad("the configuration is not a JSON object".to_owned()));
         };
@@ -352,6 +354,30 @@ impl<'de> Deserialize<'de> for OneOrMore {
     }
 }
 
+/// Python writes `NaN`, `Infinity` and `-Infinity` into configurations, which JSON does not have. No key that is read
+/// here can mean one of them, so they become `null`.
+fn without_infinities(json: &[u8]) -> Vec<u8> {
+    let mut strict = Vec::with_capacity(json.len());
+    let (mut rest, mut in_string) = (json, false);
+    while let Some(&byte) = rest.first() {
+        let literal = [&b"-Infinity"[..], b"Infinity", b"NaN"].into_iter().find(|literal| rest.starts_with(literal));
+        let taken = match literal {
+            Some(literal) if !in_string => {
+                strict.extend(b"null");
+                literal.len()
+            }
+            _ => {
+                in_string ^= byte == b'"';
+                let taken = if in_string && byte == b'\\' { rest.len().min(2) } else { 1 };
+                strict.extend(&rest[..taken]);
+                taken
+            }
+        };
+        rest = &rest[taken..];
+    }
+    strict
+}
+
 /// Names of activations in configurations, and ours.
 const ACTIVATIONS: [(&str, Activation); 3] =
     [("silu", Activation::Swiglu), ("swish", Activation::Swiglu), ("swiglu", Activation::Swiglu)];
@@ -424,6 +450,15 @@ mod tests {
             "hidden_size": 64, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}}"#;
         let family = config(json).family().expect("the text model is built in");
         assert_eq!(family.moe_config(&config(json)).expect("complete").hidden_size(), 64);
+    }
+
+    #[test]
+    fn python_numbers_are_read_as_absent() {
+        let json = br#"{"a": [0.0, Infinity], "b": -Infinity, "c": NaN, "model_type": "NaN \" Infinity"}"#;
+        let config = ModelConfig::parse(Path::new("config.json"), json).expect("lenient");
+        assert_eq!(config.get(&["model_type".to_owned()]).expect("there").1, "NaN \" Infinity");
+        assert!(config.get(&["b".to_owned(), "c".to_owned()]).is_none());
+        assert!(ModelConfig::parse(Path::new("config.json"), b"{NaN").is_err());
     }
 
     #[test]
