@@ -316,6 +316,23 @@ fn too_many_tensors_and_a_huge_header_are_refused() {
     }
 }
 
+/// Every byte of a small file's header, one at a time, replaced by bytes that mean something in JSON.
+#[test]
+fn no_changed_byte_makes_the_reader_panic() {
+    let folder = single(|tensors| tensors.truncate(3));
+    let whole = fs::read(model(&folder)).expect("readable");
+    let header_end = 8 + u64::from_le_bytes(whole[..8].try_into().expect("8 bytes")) as usize;
+    for position in 0..header_end {
+        for byte in *b"\xff\"9}" {
+            let mut changed = whole.clone();
+            changed[position] = byte;
+            fs::write(model(&folder), changed).expect("writable");
+            // Some changes are harmless, such as another name; what matters is that each ends in a Result.
+            let _ = Checkpoint::open(folder.path()).and_then(|checkpoint| checkpoint.load_layer(None, 0));
+        }
+    }
+}
+
 #[test]
 fn data_at_odd_offsets_is_read() {
     let header =

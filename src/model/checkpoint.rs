@@ -4,8 +4,10 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
-use crate::model::family::{Family, Layout, ModelConfig};
-use crate::model::tensor_file::{self, TensorFile, UniqueMap};
+use crate::model::family::{Family, GateUp, Layout};
+use crate::model::model_config::ModelConfig;
+use crate::model::tensor_file::{self, TensorFile};
+use crate::model::tensor_header::UniqueMap;
 use crate::model::weights::{MoeWeights, WeightFormat};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -164,11 +166,11 @@ impl Checkpoint {
         let wanted = self.metadata("layout");
         let mut tried = Vec::new();
         for (name, layout) in family.layouts().iter().filter(|(name, _)| wanted.is_none_or(|w| w == name.as_str())) {
-            let of_family = || layout.prefix.get_ref().0.iter().map(|p| p.replace("{layer}", &layer.to_string()));
+            let of_family = || layout.prefixes.iter().map(|prefix| prefix.replace("{layer}", &layer.to_string()));
             let prefixes = self.metadata("prefix").map_or_else(|| of_family().collect(), |p| vec![p.to_owned()]);
             for prefix in prefixes {
-                let first = layout.gate_proj.as_ref().or(layout.gate_up_proj.as_ref()).unwrap_or(&layout.down_proj);
-                let needed = [layout.router.get_ref().clone(), first.get_ref().replace("{expert}", "0")];
+                let (GateUp::Separate { gate_proj: first, .. } | GateUp::Fused(first)) = &layout.gate_up;
+                let needed = [layout.router.clone(), first.replace("{expert}", "0")];
                 let missing =
                     needed.iter().find(|tensor| !self.file_of_tensor.contains_key(&format!("{prefix}{tensor}")));
                 match missing {
@@ -254,17 +256,15 @@ impl Names<'_> {
     /// Each tensor of the layer once, with the shape that it must have.
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let [h, i, e] = self.sizes();
-        let Layout { prefix: _, router, router_bias, gate_proj, up_proj, gate_up_proj, down_proj } = self.layout;
-        let mut tensors = vec![(self.name(router.get_ref(), 0), vec![e, h])];
-        tensors.extend(router_bias.as_ref().map(|bias| (self.name(bias.get_ref(), 0), vec![e])));
-        let projections = [
-            (gate_proj.as_ref(), [i, h]),
-            (up_proj.as_ref(), [i, h]),
-            (gate_up_proj.as_ref(), [2 * i, h]),
-            (Some(down_proj), [h, i]),
-        ];
+        let Layout { prefixes: _, router, router_bias, gate_up, down_proj } = self.layout;
+        let mut tensors = vec![(self.name(router, 0), vec![e, h])];
+        tensors.extend(router_bias.as_ref().map(|bias| (self.name(bias, 0), vec![e])));
+        let mut projections = vec![(down_proj, [h, i])];
+        match gate_up {
+            GateUp::Separate { gate_proj, up_proj } => projections.extend([(gate_proj, [i, h]), (up_proj, [i, h])]),
+            GateUp::Fused(both) => projections.push((both, [2 * i, h])),
+        }
         for (pattern, [out, inner]) in projections {
-            let Some(pattern) = pattern.map(|pattern| pattern.get_ref()) else { continue };
             if pattern.contains("{expert}") {
                 tensors.extend((0..e).map(|expert| (self.name(pattern, expert), vec![out, inner])));
             } else {
@@ -277,32 +277,31 @@ impl Names<'_> {
     /// Reads every tensor. All of [`Names::tensors`] have been checked, so sizes are bounded by what is on disk.
     fn read(&self, shards: &mut Shards) -> Result<MoeWeights> {
         let [h, i, e] = self.sizes();
-        let router_name = self.name(self.layout.router.get_ref(), 0);
-        let mut router = Vec::new();
-        shards.file_of(&router_name)?.read_f32(&router_name, 0..e * h, &mut router)?;
-        let mut router_bias = None;
-        if let Some(pattern) = &self.layout.router_bias {
-            let name = self.name(pattern.get_ref(), 0);
-            let bias = router_bias.insert(Vec::new());
-            shards.file_of(&name)?.read_f32(&name, 0..e, bias)?;
-        }
         let one = i * h;
-        let Layout { gate_proj, up_proj, gate_up_proj, down_proj, .. } = self.layout;
-        // In gate_up_proj, an expert's gate rows come first and its up rows after them.
-        let (gate, up) = match (gate_proj, up_proj, gate_up_proj) {
-            (Some(gate), Some(up), _) => ((gate, one, 0..one), (up, one, 0..one)),
-            (_, _, both) => {
-                let both = both.as_ref().unwrap_or(down_proj);
-                ((both, 2 * one, 0..one), (both, 2 * one, one..2 * one))
+        let (gate_proj, up_proj) = match &self.layout.gate_up {
+            GateUp::Separate { gate_proj, up_proj } => {
+                (self.read_experts(shards, gate_proj, one, 0..one)?, self.read_experts(shards, up_proj, one, 0..one)?)
             }
+            GateUp::Fused(both) => (
+                self.read_experts(shards, both, 2 * one, 0..one)?,
+                self.read_experts(shards, both, 2 * one, one..2 * one)?,
+            ),
         };
+        let router_bias = self.layout.router_bias.as_ref();
         Ok(MoeWeights {
-            router,
-            router_bias,
-            gate_proj: self.read_experts(shards, gate.0.get_ref(), gate.1, gate.2)?,
-            up_proj: self.read_experts(shards, up.0.get_ref(), up.1, up.2)?,
-            down_proj: self.read_experts(shards, down_proj.get_ref(), one, 0..one)?,
+            router: self.read_whole(shards, &self.layout.router, e * h)?,
+            router_bias: router_bias.map(|bias| self.read_whole(shards, bias, e)).transpose()?,
+            gate_proj,
+            up_proj,
+            down_proj: self.read_experts(shards, &self.layout.down_proj, one, 0..one)?,
         })
+    }
+
+    fn read_whole(&self, shards: &mut Shards, pattern: &str, count: usize) -> Result<Vec<f32>> {
+        let name = self.name(pattern, 0);
+        let mut values = Vec::new();
+        shards.file_of(&name)?.read_f32(&name, 0..count, &mut values)?;
+        Ok(values)
     }
 
     /// Elements `part` of each expert's `stride` elements, experts in order.

@@ -5,12 +5,12 @@
 use crate::error::{Error, Result};
 use crate::model::activation::Activation;
 use crate::model::config::MoeConfig;
+use crate::model::model_config::ModelConfig;
 use crate::model::routing::{Routing, Scores};
 use crate::model::tensor_file;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -30,6 +30,7 @@ const MAX_FAMILY_BYTES: u64 = 1 << 20;
 pub struct Family {
     path: PathBuf,
     rules: Rules,
+    layouts: BTreeMap<String, Layout>,
 }
 
 impl Family {
@@ -74,8 +75,10 @@ impl Family {
             let at = error.span().map_or(String::new(), |span| format!("line {}: ", line_of(text, span.start)));
             bad(path, format!("{at}{}", error.message()))
         })?;
-        rules.check().map_err(|(offset, message)| bad(path, format!("line {}: {message}", line_of(text, offset))))?;
-        Ok(Family { path: path.to_owned(), rules })
+        let layouts = rules
+            .layouts()
+            .map_err(|(offset, message)| bad(path, format!("line {}: {message}", line_of(text, offset))))?;
+        Ok(Family { path: path.to_owned(), rules, layouts })
     }
 
     /// The family's name.
@@ -90,7 +93,7 @@ impl Family {
 
     /// Layouts by name, in the order in which they are tried.
     pub(crate) fn layouts(&self) -> &BTreeMap<String, Layout> {
-        &self.rules.tensors
+        &self.layouts
     }
 
     /// Where the description comes from.
@@ -123,57 +126,6 @@ impl Family {
     }
 }
 
-/// A model's `config.json`, from a file or from a tensor file's metadata.
-#[derive(Clone, Debug)]
-pub(crate) struct ModelConfig {
-    /// The file it was read from.
-    pub path: PathBuf,
-    /// The object itself and, in multimodal models, its `text_config`: looked into in this order.
-    scopes: Vec<Map<String, Value>>,
-}
-
-impl ModelConfig {
-    pub fn parse(path: &Path, json: &[u8]) -> Result<Self> {
-        let bad = |message| Error::BadFile { path: path.to_owned(), message };
-        let value = serde_json::from_slice(json)
-            .or_else(|error| serde_json::from_slice(&without_infinities(json)).map_err(|_| error))
-            .map_err(|error| bad(format!("the configuration is not JSON: {error}")))?;
-        let Value::Object(mut outer) = value else {
-            return Err(bad("the configuration is not a JSON object".to_owned()));
-        };
-        let mut scopes = Vec::new();
-        if let Some(Value::Object(text)) = outer.remove("text_config") {
-            scopes.push(text);
-        }
-        scopes.push(outer);
-        Ok(Self { path: path.to_owned(), scopes })
-    }
-
-    /// The first built-in family that a `model_type` of this configuration names.
-    pub fn family(&self) -> Result<&'static Family> {
-        let types: Vec<&str> = self.scopes.iter().filter_map(|scope| scope.get("model_type")?.as_str()).collect();
-        let Some(first) = types.first() else {
-            return Err(Error::BadFile {
-                path: self.path.clone(),
-                message: format!(
-                    "the configuration has no model_type, so the family is unknown; name one of {}",
-                    names(Family::builtin())
-                ),
-            });
-        };
-        types.iter().find_map(|model_type| Family::detect(model_type).ok()).map_or_else(|| Family::detect(first), Ok)
-    }
-
-    /// The first of `keys` that is there and not null.
-    fn get(&self, keys: &[String]) -> Option<(&str, &Value)> {
-        let in_scope = |scope| keys.iter().find_map(move |key| present(scope, key));
-        fn present<'a>(scope: &'a Map<String, Value>, key: &str) -> Option<(&'a str, &'a Value)> {
-            scope.get_key_value(key).filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.as_str(), value))
-        }
-        self.scopes.iter().find_map(in_scope)
-    }
-}
-
 // ---- the vocabulary of a description; unknown keys and values are errors ----
 
 #[derive(Debug, Deserialize)]
@@ -184,7 +136,7 @@ struct Rules {
     sizes: Sizes,
     routing: RoutingRules,
     experts: ExpertRules,
-    tensors: BTreeMap<String, Layout>,
+    tensors: BTreeMap<String, LayoutNames>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -215,52 +167,78 @@ struct ExpertRules {
     activation: Setting<String>,
 }
 
-/// Tensor names of one way to store a layer. `{layer}` and `{expert}` stand for numbers. A name without `{expert}` is
-/// one tensor of all experts, stacked along a first axis.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
+struct LayoutNames {
+    prefix: Spanned<OneOrMore>,
+    router: Spanned<String>,
+    router_bias: Option<Spanned<String>>,
+    gate_proj: Option<Spanned<String>>,
+    up_proj: Option<Spanned<String>>,
+    gate_up_proj: Option<Spanned<String>>,
+    down_proj: Spanned<String>,
+}
+
+/// Tensor names of one way to store a layer. An expert tensor's name without `{expert}` is one tensor of all experts,
+/// stacked along a first axis.
+#[derive(Debug)]
 pub(crate) struct Layout {
-    /// In front of every name; the first whose tensors exist is taken.
-    pub prefix: Spanned<OneOrMore>,
+    /// In front of every name, with `{layer}` for the layer's number; the first whose tensors exist is taken.
+    pub prefixes: Vec<String>,
     /// `[num_experts, hidden_size]`
-    pub router: Spanned<String>,
+    pub router: String,
     /// `[num_experts]`
-    pub router_bias: Option<Spanned<String>>,
-    /// `[intermediate_size, hidden_size]` of one expert
-    pub gate_proj: Option<Spanned<String>>,
-    /// `[intermediate_size, hidden_size]` of one expert
-    pub up_proj: Option<Spanned<String>>,
-    /// `[2 * intermediate_size, hidden_size]` of one expert: gate rows, then up rows
-    pub gate_up_proj: Option<Spanned<String>>,
-    /// `[hidden_size, intermediate_size]` of one expert
-    pub down_proj: Spanned<String>,
+    pub router_bias: Option<String>,
+    /// The first projections of each expert.
+    pub gate_up: GateUp,
+    /// `[hidden_size, intermediate_size]` of each expert
+    pub down_proj: String,
+}
+
+/// How the first projections of an expert are stored.
+#[derive(Debug)]
+pub(crate) enum GateUp {
+    /// `[intermediate_size, hidden_size]` each
+    Separate { gate_proj: String, up_proj: String },
+    /// `[2 * intermediate_size, hidden_size]`: gate rows, then up rows
+    Fused(String),
 }
 
 impl Rules {
-    /// What types cannot say. An error is a byte offset and a message.
-    fn check(&self) -> Result<(), (usize, String)> {
-        for layout in self.tensors.values() {
-            for prefix in &layout.prefix.get_ref().0 {
-                check_placeholders(prefix, &["{layer}"]).map_err(|message| (layout.prefix.span().start, message))?;
-            }
-            let whole = [Some(&layout.router), layout.router_bias.as_ref()];
-            let experts = [&layout.gate_proj, &layout.up_proj, &layout.gate_up_proj].map(Option::as_ref);
-            for (names, known) in
-                [(&whole[..], &[][..]), (&experts, &["{expert}"]), (&[Some(&layout.down_proj)], &["{expert}"])]
-            {
-                for name in names.iter().copied().flatten() {
-                    check_placeholders(name.get_ref(), known).map_err(|message| (name.span().start, message))?;
-                }
-            }
-            if !matches!(experts, [Some(_), Some(_), None] | [None, None, Some(_)]) {
-                let message = "a layout names either gate_proj and up_proj, or gate_up_proj".to_owned();
-                return Err((layout.router.span().start, message));
-            }
-        }
+    /// The layouts, checked for what types cannot say. An error is a byte offset and a message.
+    fn layouts(&self) -> Result<BTreeMap<String, Layout>, (usize, String)> {
         if self.tensors.is_empty() {
             return Err((0, "no layout: add a section such as [tensors.hub]".to_owned()));
         }
-        Ok(())
+        self.tensors.iter().map(|(name, names)| Ok((name.clone(), names.layout()?))).collect()
+    }
+}
+
+impl LayoutNames {
+    fn layout(&self) -> Result<Layout, (usize, String)> {
+        for prefix in &self.prefix.get_ref().0 {
+            check_placeholders(prefix, "{layer}").map_err(|message| (self.prefix.span().start, message))?;
+        }
+        let plain = |name: &Spanned<String>, placeholder| {
+            check_placeholders(name.get_ref(), placeholder).map_err(|message| (name.span().start, message))?;
+            Ok(name.get_ref().clone())
+        };
+        let expert = |name| plain(name, "{expert}");
+        let gate_up = match (&self.gate_proj, &self.up_proj, &self.gate_up_proj) {
+            (Some(gate), Some(up), None) => GateUp::Separate { gate_proj: expert(gate)?, up_proj: expert(up)? },
+            (None, None, Some(both)) => GateUp::Fused(expert(both)?),
+            _ => {
+                let message = "this layout must name either gate_proj and up_proj, or gate_up_proj".to_owned();
+                return Err((self.router.span().start, message));
+            }
+        };
+        Ok(Layout {
+            prefixes: self.prefix.get_ref().0.clone(),
+            router: plain(&self.router, "")?,
+            router_bias: self.router_bias.as_ref().map(|bias| plain(bias, "")).transpose()?,
+            gate_up,
+            down_proj: expert(&self.down_proj)?,
+        })
     }
 }
 
@@ -326,7 +304,7 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Setting<T> {
 
 /// A string or a list of strings of which the first that fits is taken.
 #[derive(Debug)]
-pub(crate) struct OneOrMore(pub Vec<String>);
+struct OneOrMore(Vec<String>);
 
 impl<'de> Deserialize<'de> for OneOrMore {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -354,30 +332,6 @@ impl<'de> Deserialize<'de> for OneOrMore {
     }
 }
 
-/// Python writes `NaN`, `Infinity` and `-Infinity` into configurations, which JSON does not have. No key that is read
-/// here can mean one of them, so they become `null`.
-fn without_infinities(json: &[u8]) -> Vec<u8> {
-    let mut strict = Vec::with_capacity(json.len());
-    let (mut rest, mut in_string) = (json, false);
-    while let Some(&byte) = rest.first() {
-        let literal = [&b"-Infinity"[..], b"Infinity", b"NaN"].into_iter().find(|literal| rest.starts_with(literal));
-        let taken = match literal {
-            Some(literal) if !in_string => {
-                strict.extend(b"null");
-                literal.len()
-            }
-            _ => {
-                in_string ^= byte == b'"';
-                let taken = if in_string && byte == b'\\' { rest.len().min(2) } else { 1 };
-                strict.extend(&rest[..taken]);
-                taken
-            }
-        };
-        rest = &rest[taken..];
-    }
-    strict
-}
-
 /// Names of activations in configurations, and ours.
 const ACTIVATIONS: [(&str, Activation); 3] =
     [("silu", Activation::Swiglu), ("swish", Activation::Swiglu), ("swiglu", Activation::Swiglu)];
@@ -386,13 +340,12 @@ fn activation_named(name: &str) -> Option<Activation> {
     ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, activation)| activation)
 }
 
-/// Every `{...}` in `name` is one of `known`, at most once.
-fn check_placeholders(name: &str, known: &[&str]) -> Result<(), String> {
-    let rest = known.iter().fold(name.to_owned(), |rest, placeholder| rest.replacen(placeholder, "", 1));
-    if !rest.contains(['{', '}']) {
+/// The only braces in `name` are one `known` placeholder; an empty one allows none.
+fn check_placeholders(name: &str, known: &str) -> Result<(), String> {
+    if !name.replacen(known, "", 1).contains(['{', '}']) {
         return Ok(());
     }
-    let known = if known.is_empty() { "no placeholder".to_owned() } else { known.join(", ") };
+    let known = if known.is_empty() { "no placeholder" } else { known };
     Err(format!("{name:?} may hold {known} once and no other braces"))
 }
 
@@ -404,7 +357,7 @@ fn bad(path: &Path, message: String) -> Error {
     Error::BadFamily { path: path.to_owned(), message }
 }
 
-fn names(families: &[Family]) -> String {
+pub(crate) fn names(families: &[Family]) -> String {
     families.iter().map(Family::name).collect::<Vec<_>>().join(", ")
 }
 
@@ -450,15 +403,6 @@ mod tests {
             "hidden_size": 64, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}}"#;
         let family = config(json).family().expect("the text model is built in");
         assert_eq!(family.moe_config(&config(json)).expect("complete").hidden_size(), 64);
-    }
-
-    #[test]
-    fn python_numbers_are_read_as_absent() {
-        let json = br#"{"a": [0.0, Infinity], "b": -Infinity, "c": NaN, "model_type": "NaN \" Infinity"}"#;
-        let config = ModelConfig::parse(Path::new("config.json"), json).expect("lenient");
-        assert_eq!(config.get(&["model_type".to_owned()]).expect("there").1, "NaN \" Infinity");
-        assert!(config.get(&["b".to_owned(), "c".to_owned()]).is_none());
-        assert!(ModelConfig::parse(Path::new("config.json"), b"{NaN").is_err());
     }
 
     #[test]

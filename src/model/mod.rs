@@ -5,6 +5,8 @@ pub mod activation;
 pub mod checkpoint;
 pub mod config;
 pub mod family;
+mod model_config;
 pub mod routing;
 pub(crate) mod tensor_file;
+mod tensor_header;
 pub mod weights;
