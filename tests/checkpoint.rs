@@ -352,7 +352,14 @@ fn an_index_cannot_name_files_elsewhere() {
             "{shard:?}: {error}"
         );
     }
-    for text in ["", "{}", "[]", r#"{"weight_map": {"a": 1}}"#, r#"{"weight_map": {"a": "x", "a": "y"}}"#] {
+    for text in [
+        "",
+        "{}",
+        "[]",
+        r#"{"weight_map": {"a": 1}}"#,
+        r#"{"weight_map": {"\u001b[2J": "x"}}"#,
+        r#"{"weight_map": {"a": "x", "a": "y"}}"#,
+    ] {
         fs::write(index(&folder), text).expect("writable");
         assert!(matches!(load_error(folder.path(), 0), Error::BadFile { .. }), "{text}");
     }

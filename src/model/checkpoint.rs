@@ -7,7 +7,7 @@ use crate::model::config::MoeConfig;
 use crate::model::family::{Family, GateUp, Layout};
 use crate::model::model_config::ModelConfig;
 use crate::model::tensor_file::{self, TensorFile};
-use crate::model::tensor_header::UniqueMap;
+use crate::model::tensor_header::{UniqueMap, check_name};
 use crate::model::weights::{MoeWeights, WeightFormat};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -89,6 +89,7 @@ impl Checkpoint {
                 return Err(bad(format!("shard {shard:?} is not the name of a file in the same folder")));
             }
         }
+        index.weight_map.0.keys().try_for_each(|name| check_name(name)).map_err(bad)?;
         let number: BTreeMap<String, usize> = shards.into_iter().cloned().zip(0..).collect();
         let files = number.keys().map(|shard| folder.join(shard)).collect();
         let file_of_tensor = index.weight_map.0.into_iter().map(|(tensor, shard)| (tensor, number[&shard])).collect();
@@ -162,6 +163,10 @@ impl Checkpoint {
             if only.parse() != Ok(layer) {
                 return Err(Error::config("layer", layer, format!("{only}, the only one in {}", self.path.display())));
             }
+        }
+        if let Some(prefix) = self.metadata("prefix").filter(|prefix| !prefix.is_empty()) {
+            let bad = |message| Error::BadFile { path: self.path.clone(), message };
+            check_name(prefix).map_err(|message| bad(format!("metadata prefix: {message}")))?;
         }
         let wanted = self.metadata("layout");
         let mut tried = Vec::new();

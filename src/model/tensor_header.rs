@@ -103,8 +103,9 @@ struct Bytes {
 }
 
 fn bytes_of(name: &str, tensor: &RawTensor) -> Result<Bytes, String> {
-    let dtype: Dtype = serde_json::from_value(serde_json::Value::String(tensor.dtype.clone()))
-        .map_err(|_| format!("tensor {name:?} has the unknown type {:?}; {READABLE} are read", tensor.dtype))?;
+    let dtype: Dtype = serde_json::from_value(serde_json::Value::String(tensor.dtype.clone())).map_err(|_| {
+        format!("tensor {name:?} has the unknown type {:?}; {READABLE} are read", start_of(&tensor.dtype))
+    })?;
     if tensor.shape.len() > MAX_RANK {
         return Err(format!("tensor {name:?} has {} dimensions, at most {MAX_RANK} are accepted", tensor.shape.len()));
     }
@@ -164,15 +165,20 @@ impl<'de> Deserialize<'de> for RawHeader {
 }
 
 /// Printable and at most 256 bytes: names end up in messages and terminals.
-fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
-        let start: String = name.chars().take(40).collect();
         return Err(format!(
-            "a tensor's name starts {start:?} and has {} bytes; 1 to {MAX_NAME_BYTES} printable ones are accepted",
+            "a tensor's name starts {:?} and has {} bytes; 1 to {MAX_NAME_BYTES} printable ones are accepted",
+            start_of(name),
             name.len()
         ));
     }
     Ok(())
+}
+
+/// Enough of a string to recognise it: a message must not be as long as a hostile file.
+fn start_of(text: &str) -> String {
+    text.chars().take(40).collect()
 }
 
 /// A JSON object in which no key may appear twice.
@@ -191,7 +197,7 @@ impl<'de, V: DeserializeOwned> Deserialize<'de> for UniqueMap<V> {
                 let mut entries = BTreeMap::new();
                 while let Some((key, value)) = map.next_entry::<String, V>()? {
                     if let Some(_first) = entries.insert(key.clone(), value) {
-                        return Err(A::Error::custom(format!("{key:?} appears twice")));
+                        return Err(A::Error::custom(format!("{:?} appears twice", start_of(&key))));
                     }
                 }
                 Ok(UniqueMap(entries))
