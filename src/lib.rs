@@ -4,6 +4,7 @@
 pub mod context;
 pub mod cpu;
 pub mod error;
+pub mod golden;
 pub mod gpu;
 pub mod kernels;
 pub mod layer;
@@ -17,7 +18,9 @@ pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, StageTime,
 pub use kernels::matmul::{MatmulChoice, MatmulVariant};
 pub use layer::{LayerOptions, MoeLayer};
 pub use model::activation::Activation;
+pub use model::checkpoint::{Checkpoint, LoadedLayer};
 pub use model::config::MoeConfig;
+pub use model::family::Family;
 pub use model::routing::{Routing, RoutingDecision, Scores};
 pub use model::weights::{MoeWeights, WeightFormat};
 pub use plan::Plan;

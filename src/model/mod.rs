@@ -2,6 +2,11 @@
 //! Nothing here knows that GPUs exist.
 
 pub mod activation;
+pub mod checkpoint;
 pub mod config;
+pub mod family;
+mod model_config;
 pub mod routing;
+pub(crate) mod tensor_file;
+mod tensor_header;
 pub mod weights;

@@ -1,0 +1,265 @@
+//! One `.safetensors` file: its header is read and checked in full before any tensor is touched, tensors are read
+//! on request, in pieces, as f32. Files are never mapped into memory, so a truncated one is an error here instead of
+//! zeros later. This module knows nothing of layers.
+
+use crate::error::{Error, Result};
+use crate::model::tensor_header::{Header, TensorInfo};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// Most bytes of JSON that are read from any file.
+pub(crate) const MAX_JSON_BYTES: u64 = 16 << 20;
+/// Bytes read at once: a multiple of every element size, large enough to keep a disk busy.
+const CHUNK_BYTES: usize = 1 << 20;
+/// Types that become f32.
+pub(crate) const READABLE: &str = "F32, F16, BF16 and F64";
+
+/// An open file whose header has been checked: sizes, offsets, types and names are what they claim to be.
+#[derive(Debug)]
+pub(crate) struct TensorFile {
+    path: PathBuf,
+    file: File,
+    /// `__metadata__` of the header.
+    pub metadata: BTreeMap<String, String>,
+    /// Every tensor by name.
+    pub tensors: BTreeMap<String, TensorInfo>,
+}
+
+impl TensorFile {
+    /// Reads and checks the header: `8 + n` bytes, whatever the size of the file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bad = |message: String| Error::BadFile { path: path.to_owned(), message };
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        let file_len = plain_file_len(path)?;
+        let mut file = File::open(path).map_err(io)?;
+        if file_len < 8 {
+            return Err(bad(format!("{file_len} bytes, but a safetensors file starts with an 8-byte header length")));
+        }
+        let mut length = [0; 8];
+        file.read_exact(&mut length).map_err(io)?;
+        let header_len = u64::from_le_bytes(length);
+        if header_len > MAX_JSON_BYTES || header_len > file_len - 8 {
+            return Err(bad(format!(
+                "the header claims {header_len} bytes; the file has {} after the length, and at most \
+                 {MAX_JSON_BYTES} are accepted. Is this a safetensors file?",
+                file_len - 8
+            )));
+        }
+        let mut json = vec![0; header_len as usize];
+        file.read_exact(&mut json).map_err(io)?;
+        let Header { metadata, tensors } = Header::parse(&json, file_len).map_err(bad)?;
+        Ok(Self { path: path.to_owned(), file, metadata, tensors })
+    }
+
+    /// The entry of `name`, or an error that lists names that are there.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            hint: names_hint(self.tensors.keys(), self.tensors.len()),
+        })
+    }
+
+    /// Checks that `name` has this shape and a type that [`TensorFile::read_f32`] reads.
+    pub fn expect(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let info = self.info(name)?;
+        if info.shape != shape {
+            return Err(self.mismatch(name, &format!("shape {shape:?}")));
+        }
+        self.readable(name, info)
+    }
+
+    /// A [`Error::BadTensor`] for `name`, which must exist.
+    pub fn mismatch(&self, name: &str, expected: &str) -> Error {
+        Error::BadTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            found: self.tensors.get(name).map_or_else(|| "missing".to_owned(), TensorInfo::to_string),
+            expected: expected.to_owned(),
+        }
+    }
+
+    fn readable(&self, name: &str, info: &TensorInfo) -> Result<()> {
+        match info.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => Ok(()),
+            other => Err(Error::Unsupported {
+                what: format!("type {other} of tensor {name:?} in {}", self.path.display()),
+                by: "as floating-point data".to_owned(),
+                hint: format!("{READABLE} are read"),
+            }),
+        }
+    }
+
+    /// Appends elements `range` of `name` to `values` as f32. NaN, infinities and f64 values beyond f32 are errors.
+    pub fn read_f32(&mut self, name: &str, range: Range<usize>, values: &mut Vec<f32>) -> Result<()> {
+        let info = self.info(name)?;
+        self.readable(name, info)?;
+        let dtype = info.dtype;
+        let first = values.len();
+        self.reserve(values, range.len())?;
+        self.read_chunks(name, range, |bytes| match dtype {
+            Dtype::F16 => extend(values, bytes, |b| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => extend(values, bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => extend(values, bytes, |b| f64::from_le_bytes(b) as f32),
+            _ => extend(values, bytes, f32::from_le_bytes),
+        })?;
+        match values[first..].iter().position(|v| !v.is_finite()) {
+            None => Ok(()),
+            Some(at) => Err(Error::NonFinite {
+                tensor: format!("tensor {name:?} of {}", self.path.display()),
+                index: at,
+                value: values[first + at],
+            }),
+        }
+    }
+
+    /// All of an I32 or I64 tensor.
+    pub fn read_integers(&mut self, name: &str) -> Result<Vec<i64>> {
+        let info = self.info(name)?;
+        let dtype = info.dtype;
+        if !matches!(dtype, Dtype::I32 | Dtype::I64) {
+            return Err(self.mismatch(name, "I32 or I64"));
+        }
+        let count = info.shape.iter().product();
+        let mut values = Vec::new();
+        self.read_chunks(name, 0..count, |bytes| match dtype {
+            Dtype::I32 => extend(&mut values, bytes, |b| i64::from(i32::from_le_bytes(b))),
+            _ => extend(&mut values, bytes, i64::from_le_bytes),
+        })?;
+        Ok(values)
+    }
+
+    /// Room for `count` more values. The count is bounded by the file's length, but a sparse file can be longer than
+    /// memory, and that must not abort the process.
+    pub fn reserve(&self, values: &mut Vec<f32>, count: usize) -> Result<()> {
+        if values.capacity() - values.len() >= count {
+            return Ok(());
+        }
+        values.try_reserve_exact(count).map_err(|_| Error::Io {
+            path: self.path.clone(),
+            source: std::io::Error::new(
+                std::io::ErrorKind::OutOfMemory,
+                format!("no memory for {count} values of 4 bytes"),
+            ),
+        })
+    }
+
+    /// Hands elements `range` of `name` to `take` in pieces of whole elements. Only for types of whole bytes.
+    fn read_chunks(&mut self, name: &str, range: Range<usize>, mut take: impl FnMut(&[u8])) -> Result<()> {
+        let info = self.info(name)?;
+        let element = info.dtype.bitsize() / 8;
+        let count: usize = info.shape.iter().product();
+        if range.end > count {
+            return Err(self.mismatch(name, &format!("at least {} elements", range.end)));
+        }
+        let start = info.start + (range.start * element) as u64;
+        let io = |source| Error::Io { path: self.path.clone(), source };
+        self.file.seek(SeekFrom::Start(start)).map_err(io)?;
+        let mut remaining = range.len() * element;
+        let mut chunk = vec![0; remaining.min(CHUNK_BYTES)];
+        while remaining > 0 {
+            let bytes = &mut chunk[..remaining.min(CHUNK_BYTES)];
+            self.file.read_exact(bytes).map_err(io)?;
+            take(bytes);
+            remaining -= bytes.len();
+        }
+        Ok(())
+    }
+}
+
+/// Reads one float tensor: `name`, or the only tensor of the file. Returns its values and its shape.
+///
+/// # Errors
+/// Those of opening a file, [`Error::MissingTensor`] (also if `name` is `None` and the file has several tensors),
+/// [`Error::Unsupported`] for a type that is not F32, F16, BF16 or F64, [`Error::NonFinite`].
+pub fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<f32>, Vec<usize>)> {
+    let mut file = TensorFile::open(path)?;
+    let name = match name {
+        Some(name) => name.to_owned(),
+        None => match file.tensors.keys().next() {
+            Some(only) if file.tensors.len() == 1 => only.clone(),
+            _ => {
+                return Err(Error::BadFile {
+                    path: path.to_owned(),
+                    message: format!(
+                        "which of its tensors? name one; {}",
+                        names_hint(file.tensors.keys(), file.tensors.len())
+                    ),
+                });
+            }
+        },
+    };
+    let shape = file.info(&name)?.shape.clone();
+    let mut values = Vec::new();
+    file.read_f32(&name, 0..shape.iter().product(), &mut values)?;
+    Ok((values, shape))
+}
+
+/// Writes a file with one F32 tensor. The content appears under `path` complete or not at all: it is written under a
+/// temporary name beside it first.
+///
+/// # Errors
+/// [`Error::LengthMismatch`] if `shape` does not hold `values`, [`Error::Io`].
+pub fn write_tensor(path: &Path, name: &str, values: &[f32], shape: &[usize]) -> Result<()> {
+    let expected = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n)).unwrap_or(usize::MAX);
+    if expected != values.len() {
+        return Err(Error::LengthMismatch {
+            tensor: "values",
+            shape: format!("{shape:?}"),
+            expected,
+            found: values.len(),
+        });
+    }
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let bad = |error| Error::BadFile { path: path.to_owned(), message: format!("cannot be written: {error}") };
+    let view = safetensors::tensor::TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(bad)?;
+    let content = safetensors::serialize([(name, view)], None::<HashMap<String, String>>).map_err(bad)?;
+
+    let file_name = path.file_name().ok_or_else(|| io(std::io::ErrorKind::IsADirectory.into()))?;
+    let temporary = path.with_file_name(format!(".{}.{}.tmp", file_name.to_string_lossy(), std::process::id()));
+    let written = File::create(&temporary)
+        .and_then(|mut file| file.write_all(&content).and_then(|()| file.sync_all()))
+        .and_then(|()| std::fs::rename(&temporary, path));
+    written.map_err(|source| {
+        // Nothing more can be done about a temporary file that cannot be removed; the first error is the one to tell.
+        let _ = std::fs::remove_file(&temporary);
+        io(source)
+    })
+}
+
+/// The file's length; directories, pipes and devices are refused before anything can block on them.
+pub(crate) fn plain_file_len(path: &Path) -> Result<u64> {
+    let metadata = std::fs::metadata(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    if metadata.is_file() {
+        Ok(metadata.len())
+    } else {
+        Err(Error::BadFile { path: path.to_owned(), message: "not a plain file".to_owned() })
+    }
+}
+
+/// All of a small text file of at most `limit` bytes.
+pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let length = plain_file_len(path)?;
+    if length > limit {
+        let message = format!("{length} bytes, at most {limit} are accepted");
+        return Err(Error::BadFile { path: path.to_owned(), message });
+    }
+    std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })
+}
+
+/// "the file has 19 tensors: a, b, c, ..."
+pub(crate) fn names_hint<'a>(names: impl Iterator<Item = &'a String>, count: usize) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<&str> = names.take(SHOWN).map(String::as_str).collect();
+    let more = if count > SHOWN { ", ..." } else { "" };
+    format!("the file has {count} tensor(s): {}{more}", shown.join(", "))
+}
+
+fn extend<T, const N: usize>(values: &mut Vec<T>, bytes: &[u8], convert: impl Fn([u8; N]) -> T) {
+    values.extend(bytes.as_chunks::<N>().0.iter().map(|&b| convert(b)));
+}

@@ -1,0 +1,128 @@
+//! Every engine against golden files: blocks computed by somebody else's implementation (tests/golden/README.md).
+
+use std::path::{Path, PathBuf};
+use wgmoe::golden::{self, GoldenCase, compare};
+use wgmoe::reference::moe_forward;
+use wgmoe::{Error, MoeConfig, MoeWeights, Result, RoutingDecision};
+
+/// Runs one layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]` and its routing.
+type Engine<'a> = &'a dyn Fn(&MoeConfig, &MoeWeights, &[f32]) -> Result<(Vec<f32>, RoutingDecision)>;
+
+fn golden_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("the folder of golden files should be readable");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.expect("a folder entry").path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    files
+}
+
+/// Cases that ship with the crate; each must be supported.
+fn own_cases() -> Vec<GoldenCase> {
+    let files = golden_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"));
+    files.iter().map(|path| GoldenCase::read(path, None).unwrap_or_else(|error| panic!("{error}"))).collect()
+}
+
+/// Cases of a larger collection beside the checkout, if there is one; families that are not supported yet are counted,
+/// everything else must be readable.
+fn neighbouring_cases() -> Vec<GoldenCase> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/golden");
+    if !folder.is_dir() {
+        println!("no {}: only the cases in tests/golden run", folder.display());
+        return Vec::new();
+    }
+    let (mut cases, mut unsupported) = (Vec::new(), 0);
+    for path in golden_files(&folder) {
+        match GoldenCase::read(&path, None) {
+            Ok(case) => cases.push(case),
+            Err(Error::Unsupported { .. }) => unsupported += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    println!("{}: {} cases, {unsupported} of families that are not supported", folder.display(), cases.len());
+    cases
+}
+
+/// Runs `engine` on each case and lists every one that fails.
+fn check_all(name: &str, engine: Engine, cases: &[GoldenCase]) {
+    let mut failures = Vec::new();
+    let mut worst: f64 = 0.0;
+    for case in cases {
+        let verdict = match engine(&case.config, &case.weights, &case.x) {
+            Ok((y, routing)) => compare(case, &y, &routing, golden::TOLERANCE),
+            Err(error) => panic!("{name}: {}: {error}", case.file.display()),
+        };
+        worst = worst.max(verdict.max_rel_error);
+        failures.extend(verdict.reason.map(|reason| format!("{}: {reason}", case.file.display())));
+    }
+    println!("{name}: {} cases, worst relative error {worst:.1e}", cases.len());
+    assert!(failures.is_empty(), "{name}: {} of {} failed:\n{}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+fn reference(config: &MoeConfig, weights: &MoeWeights, x: &[f32]) -> Result<(Vec<f32>, RoutingDecision)> {
+    let forward = moe_forward(config, weights, x);
+    let to_f32 = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
+    let offsets = &forward.permutation.expert_offsets;
+    let routing = RoutingDecision {
+        num_tokens: x.len() / config.hidden_size() as usize,
+        topk_experts: forward.router.topk_experts.clone(),
+        topk_weights: to_f32(&forward.router.topk_weights),
+        router_logits: to_f32(&forward.router.router_logits),
+        tokens_per_expert: offsets.windows(2).map(|range| range[1] - range[0]).collect(),
+    };
+    Ok((to_f32(&forward.y), routing))
+}
+
+#[test]
+fn the_reference_agrees_with_golden_files() {
+    check_all("reference", &reference, &own_cases());
+}
+
+#[test]
+fn the_reference_agrees_with_neighbouring_golden_files() {
+    check_all("reference", &reference, &neighbouring_cases());
+}
+
+#[test]
+fn every_family_is_covered_in_both_layouts() {
+    let cases = own_cases();
+    for family in wgmoe::Family::builtin() {
+        for layout in ["hub", "module"] {
+            let covered = cases.iter().any(|case| case.family == family.name() && case.layout == layout);
+            assert!(covered, "no case of family {} in layout {layout}", family.name());
+        }
+    }
+}
+
+/// A token on the edge between two experts would make a case a matter of luck.
+#[test]
+fn no_case_is_a_near_tie() {
+    let cases: Vec<GoldenCase> = own_cases().into_iter().chain(neighbouring_cases()).collect();
+    let smallest = cases.iter().filter_map(|case| Some((case.smallest_gap()?, &case.file)));
+    let (gap, file) = smallest.min_by(|a, b| a.0.total_cmp(&b.0)).expect("some case has logits");
+    println!("smallest gap between the last chosen and the first rejected logit: {gap:.1e} in {}", file.display());
+    assert!(gap > 1e-4, "{}: {gap:.1e}", file.display());
+}
+
+/// The comparison has teeth: an engine with any one of these mistakes fails on every case that can show it.
+#[test]
+fn wrong_engines_fail() {
+    type Mistake = fn(&mut Vec<f32>, &mut RoutingDecision);
+    let mistakes: [(&str, Mistake); 5] = [
+        ("flipped element", |y, _| {
+            let largest = (0..y.len()).max_by(|&a, &b| y[a].abs().total_cmp(&y[b].abs())).expect("not empty");
+            y[largest] = -y[largest];
+        }),
+        ("NaN", |y, _| y[0] = f32::NAN),
+        ("short", |y, _| y.truncate(y.len() - 1)),
+        ("duplicate expert", |_, routing| routing.topk_experts[0] = routing.topk_experts[1]),
+        ("wrong weight", |_, routing| routing.topk_weights[0] *= 0.999),
+    ];
+    for case in own_cases() {
+        for (name, mistake) in mistakes {
+            let (mut y, mut routing) = reference(&case.config, &case.weights, &case.x).expect("the reference runs");
+            mistake(&mut y, &mut routing);
+            let verdict = compare(&case, &y, &routing, golden::TOLERANCE);
+            assert!(!verdict.passed(), "{name} passed on {}", case.file.display());
+        }
+    }
+}
