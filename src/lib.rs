@@ -1,6 +1,7 @@
 //! wgmoe
 #![deny(missing_docs)]
 
+pub mod cpu;
 pub mod error;
 pub mod model;
 pub mod reference;
