@@ -18,8 +18,11 @@ use super::panels::{Line, Panels, WIDTH};
 use bytemuck::Zeroable;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Lines of weights worked on at a time: 16 KiB, a third to a half of a core's L1 cache.
+/// Lines of weights worked on at a time by several tiles: 16 KiB, a third to a half of a core's L1 cache.
 const DEPTH_BLOCK: usize = 128;
+/// The same for a single tile, which reads every line once: short, so that memory does not idle while f16 weights
+/// are decoded.
+const STREAMED_BLOCK: usize = 32;
 /// Most rows in a tile, of any processor.
 const MOST_ROWS: usize = 12;
 
@@ -54,8 +57,9 @@ impl Product<'_> {
         let depth = weights.depth;
         let mut sums = [Line::zeroed(); CHUNK_TILES * MOST_ROWS];
         let mut decoded = [Line::zeroed(); DEPTH_BLOCK];
-        for k in (0..depth).step_by(DEPTH_BLOCK) {
-            let lines = weights.lines(chunk.expert, panel, k, &mut decoded);
+        let block = if chunk.rows.len() > tile { DEPTH_BLOCK } else { STREAMED_BLOCK };
+        for k in (0..depth).step_by(block) {
+            let lines = weights.lines(chunk.expert, panel, k, &mut decoded[..block]);
             for rows in chunk.tiles(tile) {
                 let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.len() * rows.len()];
                 let sums = &mut sums[rows.start - chunk.rows.start..][..rows.len()];
