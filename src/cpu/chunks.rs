@@ -1,0 +1,67 @@
+//! How rows are cut for the matmul, and how packed activations lie in memory.
+//!
+//! Rows of one expert form chunks (what one task works on), a chunk's rows form tiles (what fits into registers).
+//! Both cuts are even: 13 rows in tiles of at most 12 become 6 + 7.
+//!
+//! **Packed activations** keep each tile's rows side by side: the tile with rows `a..b` of width `K` occupies
+//! `a * K..b * K`, as `[K, b - a]`. The kernel then reads one stream, and a single row is just a row.
+
+use std::ops::Range;
+
+/// Most tiles in a chunk: bounds a task's accumulators, and keeps its activations in a core's L2 cache.
+pub(super) const CHUNK_TILES: usize = 10;
+
+/// Rows of one expert, for one task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub expert: usize,
+    pub rows: Range<usize>,
+}
+
+impl Chunk {
+    /// The tiles, at most `tile` rows each, as ranges of rows.
+    pub fn tiles(&self, tile: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        even(self.rows.clone(), tile)
+    }
+}
+
+/// Chunks of all experts, ascending. Expert e owns rows `expert_offsets[e]..expert_offsets[e + 1]`.
+pub(super) fn chunks(expert_offsets: &[usize], tile: usize) -> Vec<Chunk> {
+    let mut chunks = Vec::new();
+    for (expert, range) in expert_offsets.windows(2).enumerate() {
+        chunks.extend(even(range[0]..range[1], CHUNK_TILES * tile).map(|rows| Chunk { expert, rows }));
+    }
+    chunks
+}
+
+/// `range` in as few pieces of at most `most` as possible, lengths differing by at most one.
+fn even(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let pieces = range.len().div_ceil(most);
+    let cut = move |piece: usize| range.start + range.len() * piece / pieces;
+    (0..pieces).map(move |piece| cut(piece)..cut(piece + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_the_range_once_and_evenly() {
+        for len in 0..400 {
+            for most in [1, 2, 6, 12, 120] {
+                let pieces: Vec<_> = even(7..7 + len, most).collect();
+                assert_eq!(pieces.len(), len.div_ceil(most));
+                assert!(pieces.iter().flat_map(Clone::clone).eq(7..7 + len));
+                let lengths = || pieces.iter().map(ExactSizeIterator::len);
+                assert!(lengths().max().unwrap_or(0) <= most);
+                assert!(lengths().max().unwrap_or(0) - lengths().min().unwrap_or(0) <= 1);
+            }
+        }
+    }
+
+    #[test]
+    fn experts_without_rows_have_no_chunk() {
+        let [one, two] = [Chunk { expert: 1, rows: 0..3 }, Chunk { expert: 3, rows: 3..4 }];
+        assert_eq!(chunks(&[0, 0, 3, 3, 4], 12), [one, two]);
+    }
+}

@@ -1,0 +1,82 @@
+//! What this processor can do at best: the yardstick for the engine's own figures.
+
+use rayon::prelude::*;
+use std::time::{Duration, Instant};
+
+/// Best rates measured on all threads of the current pool.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Roofline {
+    /// f32 operations of a dense matmul by the `gemm` crate, in 10^9 per second; a multiply-add counts as two.
+    pub gflops: f64,
+    /// Bytes read from memory far larger than the caches, in 10^9 per second.
+    pub gbytes_per_s: f64,
+}
+
+/// Measures both, in about half a second.
+pub fn roofline() -> Roofline {
+    Roofline { gflops: dense_gflops(768), gbytes_per_s: read_gbytes_per_s(1 << 26) }
+}
+
+/// The best rate of a square matmul of this size.
+fn dense_gflops(size: usize) -> f64 {
+    let (a, b) = (vec![0.5f32; size * size], vec![0.25f32; size * size]);
+    let mut c = vec![0.0f32; size * size];
+    let seconds = best(Duration::from_millis(200), || dense_matmul([size; 3], &a, &b, &mut c));
+    2.0 * (size as f64).powi(3) / seconds / 1e9
+}
+
+/// `c = a * b` by the `gemm` crate on all threads; `a [m, k]`, `b [k, n]`, `c [m, n]`. Panics on other lengths.
+pub fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
+    assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "a, b and c are [m, k], [k, n] and [m, n]");
+    let [n_stride, k_stride] = [n as isize, k as isize];
+    // SAFETY: the lengths are checked above, and the strides are those of row-major matrices of these shapes;
+    // `c` is borrowed exclusively and not read, as `read_dst` is false.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n_stride,
+            false,
+            a.as_ptr(),
+            1,
+            k_stride,
+            b.as_ptr(),
+            1,
+            n_stride,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::Rayon(0),
+        );
+    }
+}
+
+/// The best rate of summing this many floats.
+fn read_gbytes_per_s(len: usize) -> f64 {
+    let values = vec![1u32; len];
+    let simd = pulp::Arch::new();
+    let sum =
+        || values.par_chunks(1 << 15).map(|part| simd.dispatch(|| part.iter().fold(0u32, |a, &b| a ^ b))).sum::<u32>();
+    let seconds = best(Duration::from_millis(200), || {
+        std::hint::black_box(sum());
+    });
+    (len * size_of::<u32>()) as f64 / seconds / 1e9
+}
+
+/// Seconds of the fastest run within `budget`, after one that warms up.
+fn best(budget: Duration, mut run: impl FnMut()) -> f64 {
+    run();
+    let begin = Instant::now();
+    let mut best = f64::INFINITY;
+    while best.is_infinite() || begin.elapsed() < budget {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
