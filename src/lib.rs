@@ -1,6 +1,7 @@
 //! wgmoe
 #![deny(missing_docs)]
 
+pub mod bench;
 pub mod context;
 pub mod cpu;
 pub mod error;
