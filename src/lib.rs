@@ -1,6 +1,7 @@
 //! wgmoe
 #![deny(missing_docs)]
 
+pub mod bench;
 pub mod context;
 pub mod cpu;
 pub mod error;
@@ -25,3 +26,6 @@ pub use model::routing::{Routing, RoutingDecision, Scores};
 pub use model::weights::{MoeWeights, WeightFormat};
 pub use plan::Plan;
 pub use wgpu;
+
+mod standin;
+pub use standin::{KernelCheck, Roofline, check_kernels, dense_matmul_time, roofline};
