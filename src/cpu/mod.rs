@@ -20,7 +20,7 @@ mod roofline;
 mod router;
 mod shared;
 
-pub use roofline::{Roofline, roofline};
+pub use roofline::{Roofline, dense_matmul, roofline};
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
