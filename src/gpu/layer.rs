@@ -9,8 +9,8 @@ use crate::kernels::Stage;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
 use crate::plan::{LayerPlan, Plan};
-use std::collections::HashMap;
 use async_lock::Mutex;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
