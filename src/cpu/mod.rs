@@ -1,7 +1,7 @@
 //! The embedded CPU engine: the same layer on the host's cores, for machines without a GPU.
 //!
 //! One function per stage, in the order of the pass; rayon spreads each stage over the threads of the current pool.
-//! Shapes are row-major unless a type says otherwise ([`panels`], [`chunks`]).
+//! Shapes are row-major unless a type says otherwise (`panels`, `chunks`).
 //!
 //! **Bits.** Every element of every product is one chain of multiply-adds over ascending `k`, in one accumulator,
 //! whatever the number of rows beside it (`kernel`). So the same input gives the same bits, on any number of
