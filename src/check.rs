@@ -122,7 +122,7 @@ impl<'a> Case<'a> {
             for &stage in &Stage::ALL {
                 let is_matmul = matches!(stage, Stage::GateUp | Stage::Down);
                 let is_first = choice == MatmulChoice::Tiled { tile_m: 32, tile_n: 64 };
-                // permute depends on the tile height; router and combine on neither.
+                // Router and combine do not depend on the matmul, permute only on its tile height.
                 let due = is_matmul || (all_stages && (is_first || stage == Stage::Permute && choice.sorted()));
                 let Some(dispatch) = plan.dispatches.iter().find(|d| d.kernel.stage == stage) else { continue };
                 if due {
@@ -134,7 +134,8 @@ impl<'a> Case<'a> {
                         _ => self.check_combine(&harness, &plan).await,
                     };
                     let label = match stage {
-                        Stage::GateUp | Stage::Down => format!("{} {:?}", dispatch.kernel.label, choice),
+                        Stage::GateUp | Stage::Down => format!("{} {}", dispatch.kernel.label, choice.sizes()),
+                        Stage::Permute => format!("permute tile {}", plan.params.tile_m),
                         _ => dispatch.kernel.label.clone(),
                     };
                     // A device error ends the check; a wrong result is a line in its report.

@@ -20,7 +20,8 @@ mod roofline;
 mod router;
 mod shared;
 
-pub use roofline::{Roofline, dense_matmul, roofline};
+pub(crate) use roofline::dense_matmul;
+pub use roofline::{Roofline, roofline};
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;

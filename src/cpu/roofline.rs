@@ -26,7 +26,7 @@ fn dense_gflops(size: usize) -> f64 {
 }
 
 /// `c = a * b` by the `gemm` crate on all threads; `a [m, k]`, `b [k, n]`, `c [m, n]`.
-fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
+pub(crate) fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
     assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "a, b and c are [m, k], [k, n] and [m, n]");
     let [n_stride, k_stride] = [n as isize, k as isize];
     // SAFETY: the lengths are checked above, and the strides are those of row-major matrices of these shapes;
