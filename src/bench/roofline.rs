@@ -68,13 +68,7 @@ pub fn roofline(context: &Context) -> Result<Roofline> {
 
 /// Time of a dense matmul `[m, k] x [n, k]^T`: on a GPU by the grouped matmul's own kernel with one expert, on the CPU
 /// by the matmul crate. `None` where the weights do not fit one page.
-pub fn dense_matmul_time(
-    context: &Context,
-    m: u32,
-    n: u32,
-    k: u32,
-    format: WeightFormat,
-) -> Result<Option<Duration>> {
+pub fn dense_matmul_time(context: &Context, m: u32, n: u32, k: u32, format: WeightFormat) -> Result<Option<Duration>> {
     let gpu = match context.engine() {
         Engine::Gpu(gpu) => gpu,
         Engine::Cpu => return Ok(Some(cpu_dense(m as usize, n as usize, k as usize))),

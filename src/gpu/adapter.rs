@@ -167,7 +167,9 @@ pub(crate) async fn select(choice: &DeviceChoice) -> Result<(Vec<wgpu::Adapter>,
         // Stable: of two equals the one with the lower index.
         all.sort_by_key(|adapter| rank(&adapter.get_info()));
         let why = match all.len() {
-            0 => "no adapter was found (no Vulkan, Metal or DX12 driver), so the embedded CPU engine is used".to_owned(),
+            0 => {
+                "no adapter was found (no Vulkan, Metal or DX12 driver), so the embedded CPU engine is used".to_owned()
+            }
             1 => "the only adapter".to_owned(),
             count => format!("the best of {count} adapters"),
         };
