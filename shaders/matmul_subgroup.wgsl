@@ -3,8 +3,9 @@
 //
 // The idea
 //     workgroup = one subgroup = up to 32 rows x (8 * subgroup size) packed columns of one expert
-//     for each 4 inputs: lane l loads the weights of its own 8 columns, two quads, and the inputs of one or two rows of each block
-//         of 8 (lanes_8, lanes_4); every row's inputs are broadcast to all lanes, which multiply them by their columns
+//     for each 4 inputs: lane l loads the weights of its own 8 columns (two quads), and the inputs of one or two rows
+//         of each block of 8 (lanes_8, lanes_4); every row's inputs are broadcast to all lanes, which multiply them by
+//         their own columns
 // Departures from it
 //     1. Sums are structs and functions, not arrays and loops: Mesa keeps an array in memory (4 times slower).
 //     2. A tile of at most 8 or 16 rows runs a shorter loop. Every row goes through the same operations in each.
