@@ -91,11 +91,10 @@ fn case(index: usize) -> Case {
     let mut x = values.floats(num_tokens * h);
     match kind {
         Kind::Plain => {}
-        // Below the logits themselves. Larger ones put the large logits, whose f32 rounding is larger, among the chosen,
-        // and a row then says more about that than about the layer.
-        Kind::Bias => weights.router_bias = Some(values.floats(e).into_iter().map(|b| b / 10.0).collect()),
+        Kind::Bias => weights.router_bias = Some(values.even(e)),
         Kind::Crowded => {
-            weights.router_bias = Some((0..e).map(|expert| if expert + k >= e { 500.0 } else { 0.0 }).collect());
+            // Enough to decide, and not so much that the rounding of a logit is larger than everything else.
+            weights.router_bias = Some((0..e).map(|expert| if expert + k >= e { 16.0 } else { 0.0 }).collect());
         }
         Kind::Ties => weights.router.fill(0.0),
         Kind::Huge => {
@@ -276,8 +275,7 @@ fn the_plans_own_choices_match_the_reference() {
     for num_tokens in [1, 2, 3, 4, 5, 15, 16, 17, 18, 33, 64, 150] {
         let x = Values(num_tokens as u64).floats(num_tokens * 48);
         let name = format!("{num_tokens} tokens");
-        let case =
-            Case { name: name.clone(), config: config.clone(), weights: weights.clone(), x, kind: Kind::Plain };
+        let case = Case { name: name.clone(), config: config.clone(), weights: weights.clone(), x, kind: Kind::Plain };
         labels.insert(layer.plan(num_tokens as u32).expect("a pass fits").matmul.label());
         let y = forward(&layer, &case.x);
         let router = check_routing(&name, &case, &layer.routing().expect("there was a pass"));
@@ -301,7 +299,8 @@ fn a_wrong_layer_is_noticed() {
         ("router", |w| w.router[3] += 0.001),
     ];
     for (name, mistake) in mistakes {
-        let mut wrong = Case { weights: case.weights.clone(), x: case.x.clone(), name: name.to_owned(), ..case.clone() };
+        let mut wrong =
+            Case { weights: case.weights.clone(), x: case.x.clone(), name: name.to_owned(), ..case.clone() };
         mistake(&mut wrong.weights);
         let layer = layer(&context, &wrong, &LayerOptions::default());
         let y = forward(&layer, &case.x);
@@ -392,7 +391,8 @@ fn a_tokens_bits_do_not_depend_on_its_batch() {
         let choice = MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: true };
         options.push(LayerOptions { tile: Some(choice), weights: format, ..LayerOptions::default() });
         for options in options {
-            let layer = MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("the layer is valid");
+            let layer =
+                MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("the layer is valid");
             let name = |what: &str| format!("{sizes:?} {options:?} {what}");
             let whole = forward(&layer, &x);
             for t in [0, 1, 2, 3, 5, 64, 100, 126, 127] {
@@ -511,12 +511,8 @@ fn own_device(context: &Context) -> (wgpu::Device, wgpu::Queue, std::sync::Arc<s
 /// A storage buffer with `content`.
 fn buffer(device: &wgpu::Device, queue: &wgpu::Queue, content: &[f32]) -> wgpu::Buffer {
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
-    let desc = wgpu::BufferDescriptor {
-        label: None,
-        size: (content.len() * 4) as u64,
-        usage,
-        mapped_at_creation: false,
-    };
+    let desc =
+        wgpu::BufferDescriptor { label: None, size: (content.len() * 4) as u64, usage, mapped_at_creation: false };
     let buffer = device.create_buffer(&desc);
     queue.write_buffer(&buffer, 0, bytemuck::cast_slice(content));
     buffer

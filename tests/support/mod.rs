@@ -84,6 +84,11 @@ impl Values {
         self.next() as usize % end
     }
 
+    /// Between -1 and 1.
+    pub fn even(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.next() as f32 / (1u64 << 30) as f32 - 1.0).collect()
+    }
+
     /// Between -1 and 1, one in sixteen ten times as large, so that no softmax is flat.
     pub fn floats(&mut self, len: usize) -> Vec<f32> {
         let mut float =
@@ -94,11 +99,15 @@ impl Values {
     /// Weights whose products with [`Values::floats`] stay near 1; no router bias.
     pub fn weights(&mut self, config: &MoeConfig) -> MoeWeights {
         let [h, i, e] = [config.hidden_size(), config.intermediate_size(), config.num_experts()].map(|n| n as usize);
-        let mut scaled = |len, fan_in: usize| -> Vec<f32> {
-            self.floats(len).into_iter().map(|v| v / (fan_in as f32).sqrt()).collect()
+        let scale = |values: Vec<f32>, fan_in: usize| -> Vec<f32> {
+            values.into_iter().map(|v| v / (fan_in as f32).sqrt()).collect()
         };
+        // Outliers in x and router both would make logits of 16 and more, whose rounding to f32 moves their softmax by
+        // 2e-6: then two experts that nearly cancel show the rounding of a logit and nothing else.
+        let router = scale(self.even(e * h), h);
+        let mut scaled = |len, fan_in| scale(self.floats(len), fan_in);
         MoeWeights {
-            router: scaled(e * h, h),
+            router,
             router_bias: None,
             gate_proj: scaled(e * i * h, h),
             up_proj: scaled(e * i * h, h),
