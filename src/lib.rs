@@ -1,6 +1,8 @@
 //! wgmoe
 #![deny(missing_docs)]
 
+pub mod bench;
+pub mod check;
 pub mod context;
 pub mod cpu;
 pub mod error;
@@ -12,6 +14,8 @@ pub mod model;
 pub mod plan;
 pub mod reference;
 
+pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
+pub use check::{KernelCheck, check_kernels};
 pub use context::Context;
 pub use error::{Error, Result};
 pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, StageTime, adapters};

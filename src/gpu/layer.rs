@@ -9,8 +9,12 @@ use crate::kernels::Stage;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
 use crate::plan::{LayerPlan, Plan};
+<<<<<<< HEAD
 use std::collections::{BTreeSet, HashMap};
+=======
+>>>>>>> main
 use async_lock::Mutex;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
@@ -432,8 +436,7 @@ impl GpuLayer {
         let num_tokens = self.bind_resident(&mut state).await?;
         let mut encoder = self.encoder();
         let dispatches = self.record_pass(&state, &mut encoder, num_tokens, None)?;
-        let commands = self.gpu.scoped("recording the pass", |_| encoder.finish()).await?;
-        self.gpu.run(commands, "the forward pass").await?;
+        submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
         state.last = self.stats(num_tokens, dispatches, before.0, before.1);
         Ok(())
@@ -450,8 +453,7 @@ impl GpuLayer {
             let mut encoder = self.encoder();
             self.record_pass(&state, &mut encoder, num_tokens, Some(&timestamps))?;
             timestamps.resolve(&mut encoder);
-            let commands = self.gpu.scoped("recording the pass", |_| encoder.finish()).await?;
-            self.gpu.run(commands, "the profiled pass").await?;
+            submit_and_wait(&self.gpu, encoder, "the profiled pass").await?;
             timestamps.read(&self.gpu).await?
         } else {
             self.profile_by_waiting(&state, num_tokens).await?
@@ -469,9 +471,8 @@ impl GpuLayer {
             let mut encoder = self.encoder();
             let step = (&pipeline.pipeline, group, dispatch.grid);
             Recorder::new(&mut encoder).pass(dispatch.kernel.label(), None, std::iter::once(step));
-            let commands = self.gpu.scoped("recording a stage", |_| encoder.finish()).await?;
             let start = std::time::Instant::now();
-            self.gpu.run(commands, "a stage").await?;
+            submit_and_wait(&self.gpu, encoder, "a stage").await?;
             times.push(start.elapsed().as_secs_f64());
         }
         Ok(times)
@@ -531,6 +532,12 @@ impl GpuLayer {
         let commands = self.gpu.scoped("recording commands", |_| encoder.finish()).await?;
         self.gpu.submit(commands).await
     }
+}
+
+/// Submits what was recorded and waits for its end.
+pub(super) async fn submit_and_wait(gpu: &Gpu, encoder: wgpu::CommandEncoder, during: &'static str) -> Result<()> {
+    let commands = gpu.scoped("recording commands", |_| encoder.finish()).await?;
+    gpu.run(commands, during).await
 }
 
 fn append(all: &mut RoutingDecision, part: RoutingDecision) {

@@ -1,1 +1,216 @@
-fn main() {}
+//! The `wgmoe` command.
+//!
+//! Exit codes, the same for every subcommand:
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done; for `check` and `bench`: and everything was right |
+//! | 1 | something was wrong or went wrong: a failed or unsupported case, a wrong result, a file whose content cannot be used, a device that failed |
+//! | 2 | the arguments cannot be used: unknown options, names and devices, values out of range, paths that do not exist |
+
+mod bench;
+mod bench_table;
+mod check;
+mod info;
+mod output;
+mod run;
+mod shader;
+
+use clap::{Parser, Subcommand};
+use output::Output;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use wgmoe::{Context, DeviceChoice, MatmulVariant, WeightFormat};
+
+/// Environment variable that chooses a device where `--device` does not.
+const DEVICE_VARIABLE: &str = "WGMOE_ADAPTER";
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done and right; 1 something was wrong or failed; 2 the arguments cannot be used.
+Environment: WGMOE_ADAPTER chooses the device where --device does not; NO_COLOR turns colours off.
+
+Examples:
+  wgmoe bench                              how fast MoE runs here
+  wgmoe check                              are the kernels right here
+  wgmoe bench --device cpu --json -        the CPU engine, as JSON";
+
+/// Mixture-of-Experts layers on any GPU, or on the CPU: measured, checked, run.
+#[derive(Parser, Debug)]
+#[command(version, about, after_help = EXIT_CODES)]
+struct Cli {
+    /// Device: auto, cpu (the embedded engine), an index of `wgmoe info`, or a part of an adapter's or driver's name
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "DEVICE")]
+    device: Option<String>,
+
+    /// Also write the results as JSON to this file; with - to standard output, and all else to standard error
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "FILE|-")]
+    json: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Info(info::Args),
+    Bench(bench::Args),
+    Check(check::Args),
+    Run(run::Args),
+    Shader(shader::Args),
+}
+
+/// Whether everything that was looked at was right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Right,
+    Wrong,
+}
+
+/// Arguments that cannot be used: exit code 2.
+#[derive(Debug)]
+struct Unusable(String);
+
+impl std::fmt::Display for Unusable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unusable {}
+
+fn unusable(message: impl Into<String>) -> anyhow::Error {
+    Unusable(message.into()).into()
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut output = Output::new(cli.json.clone());
+    match execute(&cli, &mut output) {
+        Ok(Verdict::Right) => ExitCode::SUCCESS,
+        Ok(Verdict::Wrong) => ExitCode::from(1),
+        Err(error) => {
+            output::report(&error);
+            let arguments = error.is::<Unusable>()
+                || matches!(error.downcast_ref::<wgmoe::Error>(), Some(wgmoe::Error::NoDevice { .. }));
+            ExitCode::from(if arguments { 2 } else { 1 })
+        }
+    }
+}
+
+fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
+    output.check_target()?;
+    let device = || device_choice(cli.device.as_deref());
+    match &cli.command {
+        Command::Info(args) => info::execute(args, device()?, output),
+        Command::Bench(args) => bench::execute(args, device()?, output),
+        Command::Check(args) => check::execute(args, device()?, output),
+        Command::Run(args) => run::execute(args, device()?, output),
+        Command::Shader(args) => shader::execute(args, output),
+    }
+}
+
+/// The device that was asked for: the option, or the environment variable, or auto.
+fn device_choice(option: Option<&str>) -> anyhow::Result<DeviceChoice> {
+    let variable = std::env::var(DEVICE_VARIABLE).ok();
+    let wanted = option.or(variable.as_deref()).filter(|wanted| !wanted.is_empty()).unwrap_or("auto");
+    wanted.parse().map_err(|error| unusable(format!("--device {wanted}: {error}")))
+}
+
+/// What to ask of the device.
+#[derive(Clone, Copy, Debug)]
+enum Limits {
+    /// What WebGPU guarantees everywhere: what is right with these is right on any device.
+    Default,
+    /// All that there is: for speed and for large layers.
+    All,
+}
+
+/// Opens the device and says which one and why.
+fn open(choice: &DeviceChoice, limits: Limits, output: &mut Output) -> anyhow::Result<Context> {
+    let context = match limits {
+        Limits::Default => Context::new(choice)?,
+        Limits::All => Context::with_all_limits(choice)?,
+    };
+    let device = context.device();
+    let detail: Vec<&str> =
+        [&device.backend, &device.driver].into_iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
+    output.line(&format!("device: {} ({})", device.name, detail.join(", ")));
+    output.line(&format!("        {}", context.choice_reason()));
+    Ok(context)
+}
+
+/// A path given as an argument must exist; what is in it is another matter.
+fn must_exist(argument: &str, path: &Path) -> anyhow::Result<()> {
+    match path.try_exists() {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(unusable(format!("{argument} {}: no such file or folder", path.display()))),
+        Err(error) => Err(unusable(format!("{argument} {}: {error}", path.display()))),
+    }
+}
+
+/// The folder of a file that will be written must exist, which is better said before an hour of work than after.
+fn must_be_writable(argument: &str, path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.is_dir() {
+        return Err(unusable(format!("{argument} {}: this is a folder, expected the name of a file", path.display())));
+    }
+    if !folder.is_dir() {
+        return Err(unusable(format!("{argument} {}: the folder {} does not exist", path.display(), folder.display())));
+    }
+    Ok(())
+}
+
+/// clap value parser for `--weights`.
+fn weight_format(text: &str) -> Result<WeightFormat, String> {
+    let found = WeightFormat::ALL.iter().copied().find(|format| format.name() == text);
+    found.ok_or_else(|| format!("expected one of {}", names(WeightFormat::ALL, |format| format.name())))
+}
+
+/// clap value parser for `--matmul`; auto is `None`.
+fn matmul_variant(text: &str) -> Result<Matmul, String> {
+    if text == "auto" {
+        return Ok(Matmul(None));
+    }
+    let found = MatmulVariant::ALL.iter().copied().find(|variant| variant.name() == text);
+    found
+        .map(|variant| Matmul(Some(variant)))
+        .ok_or_else(|| format!("expected one of auto, {}", names(MatmulVariant::ALL, |variant| variant.name())))
+}
+
+/// A choice of matmul. A type of its own, because clap reads a bare `Option` as "may be absent".
+#[derive(Clone, Copy, Debug)]
+struct Matmul(Option<MatmulVariant>);
+
+fn names<T: Copy>(all: &[T], name: impl Fn(T) -> &'static str) -> String {
+    all.iter().map(|&item| name(item)).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_subcommand_has_an_example() {
+        for command in Cli::command().get_subcommands().filter(|command| command.get_name() != "help") {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(&format!("wgmoe {}", command.get_name())), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn names_of_formats_and_variants_are_read() {
+        assert_eq!(weight_format("f16"), Ok(WeightFormat::F16));
+        assert!(weight_format("f17").is_err_and(|error| error.contains("f16")));
+        assert!(matmul_variant("auto").is_ok_and(|matmul| matmul.0.is_none()));
+        for &variant in MatmulVariant::ALL {
+            assert!(matmul_variant(variant.name()).is_ok_and(|matmul| matmul.0 == Some(variant)));
+        }
+        assert!(matmul_variant("fast").is_err_and(|error| error.contains("tiled")));
+    }
+}

@@ -1,0 +1,64 @@
+//! What a whole forward pass must do whatever the kernels are: the yardstick for the roofline.
+//!
+//! The plan knows what each stage of *our* pass moves. Here is the part that no implementation could avoid, so that
+//! a fraction of the roofline means the same for every variant and every device.
+
+use crate::model::config::MoeConfig;
+use crate::model::weights::WeightFormat;
+
+/// Work that a pass cannot avoid.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Multiplications and additions of the matmuls:
+    /// `2 * tokens * top_k * 3 * hidden_size * intermediate_size + 2 * tokens * hidden_size * num_experts`.
+    pub flops: f64,
+    /// Bytes that must cross the memory bus once: the experts that got a token, the router, `x` and `y`.
+    pub bytes: f64,
+}
+
+impl Cost {
+    /// Of one pass over `num_tokens` tokens of which `active_experts` experts got at least one.
+    pub fn of_forward(config: &MoeConfig, format: WeightFormat, num_tokens: u32, active_experts: u32) -> Cost {
+        let [h, i, e, k] =
+            [config.hidden_size(), config.intermediate_size(), config.num_experts(), config.top_k()].map(f64::from);
+        let tokens = f64::from(num_tokens);
+        let expert_bytes = 3.0 * h * i * f64::from(format.bits()) / 8.0;
+        Cost {
+            flops: 2.0 * tokens * k * 3.0 * h * i + 2.0 * tokens * h * e,
+            bytes: f64::from(active_experts) * expert_bytes + 4.0 * (h * e + 2.0 * tokens * h),
+        }
+    }
+
+    /// The speed that a device with these peaks could reach at best, in GFLOP/s:
+    /// its arithmetic peak, or what its memory can feed.
+    pub fn attainable_gflops(&self, peak_gflops: f64, peak_gbytes_per_s: f64) -> f64 {
+        peak_gflops.min(self.flops / self.bytes * peak_gbytes_per_s)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Activation, Routing, Scores};
+
+    fn config() -> MoeConfig {
+        let routing = Routing { scores: Scores::Softmax, renormalize: true };
+        MoeConfig::new(10, 7, 5, 2, routing, Activation::Swiglu).expect("valid sizes")
+    }
+
+    #[test]
+    fn counted_by_hand() {
+        let cost = Cost::of_forward(&config(), WeightFormat::F16, 3, 4);
+        // 3 tokens x 2 experts x (3 matmuls x 10 x 7) multiply-adds, and 3 x 10 x 5 for the router.
+        assert_eq!(cost.flops, (2 * 3 * 2 * 3 * 10 * 7 + 2 * 3 * 10 * 5) as f64);
+        // 4 experts x 210 weights x 2 bytes; 50 router weights, 30 inputs and 30 outputs of 4 bytes.
+        assert_eq!(cost.bytes, (4 * 210 * 2 + 4 * (50 + 30 + 30)) as f64);
+    }
+
+    #[test]
+    fn the_lower_roof_counts() {
+        let cost = Cost { flops: 100.0, bytes: 50.0 };
+        assert_eq!(cost.attainable_gflops(1000.0, 10.0), 20.0);
+        assert_eq!(cost.attainable_gflops(5.0, 10.0), 5.0);
+    }
+}

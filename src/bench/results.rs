@@ -1,0 +1,244 @@
+//! Results as they are written to disk. Field names are a promise: other programs read them.
+
+use crate::DeviceInfo;
+use crate::error::{Error, Result};
+use crate::model::weights::WeightFormat;
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// Version of the format. Fields may be added without a new version; none changes its meaning.
+pub const SCHEMA: u32 = 1;
+
+/// Everything that one `wgmoe bench` found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// [`SCHEMA`]
+    pub schema: u32,
+    /// Version of this crate.
+    pub wgmoe_version: String,
+    /// What it ran on.
+    pub device: DeviceResult,
+    /// The device's measured peaks; absent if measuring them failed.
+    pub roofline: Option<RooflineResult>,
+    /// One for each layer and batch size whose result was right.
+    pub rows: Vec<Row>,
+    /// Batch sizes without a row, and why.
+    pub failures: Vec<Failure>,
+}
+
+/// The device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceResult {
+    /// As the driver calls it.
+    pub name: String,
+    /// Vulkan, Metal, ...
+    pub backend: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// discrete, integrated, virtual, software, cpu-engine or other.
+    pub kind: String,
+}
+
+impl From<&DeviceInfo> for DeviceResult {
+    fn from(device: &DeviceInfo) -> Self {
+        let DeviceInfo { name, backend, driver, kind, .. } = device.clone();
+        DeviceResult { name, backend, driver, kind }
+    }
+}
+
+/// Peaks measured in the same run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RooflineResult {
+    /// Arithmetic, f32.
+    pub gflops: f64,
+    /// Memory.
+    pub gbytes_per_s: f64,
+    /// How they were measured.
+    pub how: String,
+}
+
+/// One layer at one batch size.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Name of the preset, with what was changed about it; absent for sizes of the user's own.
+    pub preset: Option<String>,
+    /// Width of a token.
+    pub hidden_size: u32,
+    /// Inner width of one expert.
+    pub intermediate_size: u32,
+    /// Experts in the layer.
+    pub num_experts: u32,
+    /// Experts for each token.
+    pub top_k: u32,
+    /// Storage of the expert weights.
+    pub weights: WeightFormat,
+    /// Tokens of the batch.
+    pub tokens: u32,
+    /// Wall time of a whole forward pass, router included, from submit to completion, on resident weights and input.
+    pub median_s: f64,
+    /// The fastest run's time.
+    pub min_s: f64,
+    /// The slowest run's time.
+    pub max_s: f64,
+    /// Timed runs.
+    pub runs: usize,
+    /// Exponent of the Zipf distribution over experts.
+    pub skew: f64,
+    /// The grouped matmul that was asked for: auto, or the name of a variant.
+    pub matmul: String,
+    /// `2 * tokens * top_k * 3 * hidden_size * intermediate_size + 2 * tokens * hidden_size * num_experts`, by the
+    /// median time.
+    pub gflops: f64,
+    /// Bytes that no implementation could avoid moving, by the median time.
+    pub gbytes_per_s: f64,
+    /// `gflops` by what the measured peaks allow at best; absent without a roofline.
+    pub roofline_fraction: Option<f64>,
+    /// Time by the time of a dense matmul with as many FLOPs; absent where none was measured.
+    pub dense_ratio: Option<f64>,
+    /// Experts that got at least one token.
+    pub active_experts: u32,
+    /// Tokens of the busiest expert by the mean over all experts.
+    pub imbalance: f64,
+    /// Dispatches of one pass.
+    pub dispatches: u32,
+    /// Copies from the device to the host within one pass.
+    pub readbacks: u32,
+    /// `max|y - y_ref| / max|y_ref|`
+    pub max_rel_error: f64,
+    /// Tokens that the reference computed too.
+    pub tokens_checked: usize,
+    /// Where the time goes.
+    pub stages: Vec<StageResult>,
+}
+
+/// One stage of the pass.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageResult {
+    /// Name of the stage.
+    pub name: String,
+    /// Its time; absent where the device has no way to tell.
+    pub median_s: Option<f64>,
+    /// Arithmetic of the stage, as planned.
+    pub flops: u64,
+    /// Least bytes that the stage moves, as planned.
+    pub bytes: u64,
+}
+
+/// A batch size without a result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// The layer, in words.
+    pub layer: String,
+    /// Tokens of the batch; absent if the layer itself could not be made.
+    pub tokens: Option<u32>,
+    /// What went wrong.
+    pub reason: String,
+}
+
+/// Writes `json` to `path` so that a reader finds the old file or the new one, never half of either.
+pub fn write_json(path: &Path, json: &impl Serialize) -> Result<()> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let mut text = serde_json::to_vec_pretty(json).map_err(|error| io(error.into()))?;
+    text.push(b'\n');
+    let temporary = temporary_name(path);
+    let written = std::fs::File::create(&temporary)
+        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+        .and_then(|()| std::fs::rename(&temporary, path));
+    if written.is_err() {
+        // The error below says what happened; a leftover would only be in the way.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.map_err(io)
+}
+
+/// A name beside `path`, so that renaming stays on one file system, and with the process in it, so that two runs
+/// do not write to one file.
+pub fn temporary_name(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn results() -> Results {
+        let text = |text: &str| text.to_owned();
+        let stage = StageResult { name: text("router"), median_s: None, flops: 1, bytes: 2 };
+        let row = Row {
+            preset: None,
+            hidden_size: 1,
+            intermediate_size: 2,
+            num_experts: 3,
+            top_k: 1,
+            weights: WeightFormat::F16,
+            tokens: 5,
+            median_s: 0.25,
+            min_s: 0.125,
+            max_s: 0.5,
+            runs: 7,
+            skew: 0.0,
+            matmul: text("auto"),
+            gflops: 1.5,
+            gbytes_per_s: 2.5,
+            roofline_fraction: Some(0.1),
+            dense_ratio: None,
+            active_experts: 2,
+            imbalance: 1.5,
+            dispatches: 6,
+            readbacks: 0,
+            max_rel_error: 1e-7,
+            tokens_checked: 5,
+            stages: vec![stage],
+        };
+        let device = DeviceResult { name: text("d"), backend: text("b"), driver: text("v"), kind: text("software") };
+        Results {
+            schema: SCHEMA,
+            wgmoe_version: text("0.0.0"),
+            device,
+            roofline: None,
+            rows: vec![row],
+            failures: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn results_survive_a_file_and_leave_no_other_behind() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("results.json");
+        for _ in 0..2 {
+            write_json(&path, &results()).expect("writable");
+        }
+        let text = std::fs::read_to_string(&path).expect("written");
+        assert_eq!(serde_json::from_str::<Results>(&text).expect("valid"), results());
+        assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn the_promised_fields_are_there() {
+        let json = serde_json::to_value(results()).expect("serialises");
+        assert_eq!(json["schema"], 1);
+        assert_eq!(json["rows"][0]["weights"], "f16");
+        for field in ["name", "backend", "driver", "kind"] {
+            assert!(json["device"][field].is_string(), "{field}");
+        }
+        for field in "hidden_size intermediate_size num_experts top_k tokens median_s min_s gflops gbytes_per_s \
+                      roofline_fraction dispatches readbacks max_rel_error"
+            .split_whitespace()
+        {
+            assert!(json["rows"][0][field].is_number(), "{field}");
+        }
+        for field in ["name", "median_s", "flops", "bytes"] {
+            assert!(json["rows"][0]["stages"][0].get(field).is_some(), "{field}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_an_error_with_its_name() {
+        let path = Path::new("no-such-folder/results.json");
+        let error = write_json(path, &results()).expect_err("no such folder");
+        assert!(error.to_string().contains("no-such-folder"), "{error}");
+    }
+}

@@ -1,0 +1,216 @@
+//! `wgmoe bench`: how fast the layer is here, after checking that it is right.
+
+use crate::output::{Output, Status};
+use crate::{Limits, Matmul, Verdict, bench_table, open, unusable};
+use anyhow::Context as _;
+use clap::builder::PossibleValuesParser;
+use std::time::Duration;
+use wgmoe::bench::measure::describe;
+use wgmoe::bench::presets::{self, DEFAULT_TOKENS, Preset};
+use wgmoe::bench::results::{DeviceResult, Failure, Results, RooflineResult, SCHEMA};
+use wgmoe::bench::{Bench, Outcome, Progress, Row, Workload, memory};
+use wgmoe::{DeviceChoice, MoeConfig, WeightFormat};
+
+/// Time for the runs of one row.
+const SLICE: Duration = Duration::from_secs(2);
+
+const EXAMPLES: &str = "\
+Without options it times layers that suit the device, in less than a minute. Every row is checked against the f64 \
+reference before it is timed; a wrong one is not reported, and the exit code is 1.
+
+Examples:
+  wgmoe bench
+  wgmoe bench --preset qwen3-30b-a3b --tokens 1,16,512
+  wgmoe bench --hidden 2048 --intermediate 1024 --experts 64 --top-k 8 --weights f32
+  wgmoe bench --skew 1.2 --device cpu --json results.json";
+
+/// Time a layer and each of its stages, after checking the result
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Layer of a real model; other options change single sizes of it
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(presets::ALL.iter().map(|p| p.name)))]
+    preset: Option<String>,
+    /// Width of a token
+    #[arg(long, value_name = "N")]
+    hidden: Option<u32>,
+    /// Inner width of one expert
+    #[arg(long, value_name = "N")]
+    intermediate: Option<u32>,
+    /// Experts in the layer
+    #[arg(long, value_name = "N")]
+    experts: Option<u32>,
+    /// Experts for each token
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+    /// Batch sizes
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    tokens: Vec<u32>,
+    /// Storage of the expert weights: f32 or f16
+    #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = crate::weight_format)]
+    weights: WeightFormat,
+    /// Grouped matmul: auto, tiled, subgroup or vec
+    #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
+    matmul: Matmul,
+    /// Timed runs of each row [default: as many as fit two seconds, at least 5]
+    #[arg(long, value_name = "N")]
+    runs: Option<usize>,
+    /// Exponent of the Zipf distribution of tokens over experts; 0 is even
+    #[arg(long, value_name = "S", default_value_t = 0.0)]
+    skew: f64,
+    /// Seed of weights and inputs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+}
+
+/// One layer to time.
+struct Job {
+    /// Name for tables and files; `None` for sizes of the user's own.
+    name: Option<String>,
+    preset: Preset,
+    tokens: Vec<u32>,
+}
+
+pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
+    check(args)?;
+    let context = open(&device, Limits::All, output)?;
+    let jobs = jobs(args, &context)?;
+
+    let status = Status::new();
+    status.set("measuring what this device can reach at best");
+    let roofline = match wgmoe::roofline(&context) {
+        Ok(roofline) => Some(roofline),
+        Err(error) => {
+            status.suspend(|| output.line(&format!("roofline: not measured: {error}")));
+            None
+        }
+    };
+    if let Some(roofline) = &roofline {
+        status.suspend(|| output.line(&bench_table::roofline(roofline)));
+    }
+
+    let (weights, matmul, runs) = (args.weights, args.matmul.0, args.runs);
+    let bench = Bench { context: &context, roofline: roofline.clone(), weights, matmul, runs, slice: SLICE };
+    let mut results = Results {
+        schema: SCHEMA,
+        wgmoe_version: env!("CARGO_PKG_VERSION").to_owned(),
+        device: DeviceResult::from(context.device()),
+        roofline: roofline.map(|r| RooflineResult { gflops: r.gflops, gbytes_per_s: r.gbytes_per_s, how: r.how }),
+        rows: Vec::new(),
+        failures: Vec::new(),
+    };
+    for job in &jobs {
+        let config = job.preset.config().map_err(|error| unusable(error.to_string()))?;
+        let title = job.title(&config, args);
+        let (rows, failures) =
+            run_job(job, config, &bench, args, &status).with_context(|| format!("cannot make the layer: {title}"))?;
+        status.suspend(|| output.line(&bench_table::layer(&title, &rows, &failures)));
+        results.rows.extend(rows);
+        results.failures.extend(failures);
+    }
+    drop(status);
+    output.json(&results)?;
+    Ok(if results.failures.is_empty() { Verdict::Right } else { Verdict::Wrong })
+}
+
+/// Everything about the arguments that can be wrong, before a device is opened.
+fn check(args: &Args) -> anyhow::Result<()> {
+    if args.tokens.contains(&0) {
+        return Err(unusable("--tokens 0: expected numbers from 1 up"));
+    }
+    if args.runs == Some(0) {
+        return Err(unusable("--runs 0: expected a number from 1 up"));
+    }
+    if !(args.skew.is_finite() && args.skew >= 0.0) {
+        return Err(unusable(format!("--skew {}: expected a number from 0 (even) up", args.skew)));
+    }
+    args.chosen_preset().config().map_err(|error| unusable(error.to_string()))?;
+    Ok(())
+}
+
+impl Args {
+    fn has_sizes(&self) -> bool {
+        [self.hidden, self.intermediate, self.experts, self.top_k].iter().any(Option::is_some)
+    }
+
+    /// The preset, or the small one, with the sizes that were given.
+    fn chosen_preset(&self) -> Preset {
+        let mut preset = self.preset.as_deref().and_then(Preset::find).unwrap_or(presets::SMALL);
+        preset.hidden_size = self.hidden.unwrap_or(preset.hidden_size);
+        preset.intermediate_size = self.intermediate.unwrap_or(preset.intermediate_size);
+        preset.num_experts = self.experts.unwrap_or(preset.num_experts);
+        preset.top_k = self.top_k.unwrap_or(preset.top_k);
+        preset
+    }
+}
+
+impl Job {
+    /// Name and sizes in one line.
+    fn title(&self, config: &MoeConfig, args: &Args) -> String {
+        let name = self.name.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
+        format!("{name}{}", describe(config, args.weights, args.skew))
+    }
+}
+
+/// What to time: what was asked for, or what suits the device and fits the memory.
+fn jobs(args: &Args, context: &wgmoe::Context) -> anyhow::Result<Vec<Job>> {
+    let tokens = |default: &[u32]| if args.tokens.is_empty() { default.to_vec() } else { args.tokens.clone() };
+    if args.preset.is_some() || args.has_sizes() {
+        let preset = args.chosen_preset();
+        let changed = if args.has_sizes() { " (changed)" } else { "" };
+        let name = args.preset.as_ref().map(|name| format!("{name}{changed}"));
+        return Ok(vec![Job { name, preset, tokens: tokens(DEFAULT_TOKENS) }]);
+    }
+    // The f32 weights, what is packed from them, and, where device memory is host memory, the device's copy.
+    let bytes_per_weight = 4 + 2 * u64::from(args.weights.bits()) / 8;
+    let available = memory::available().unwrap_or(u64::MAX);
+    let jobs: Vec<Job> = presets::defaults_for(context.device())
+        .into_iter()
+        .filter_map(|choice| {
+            let preset = choice.preset.scaled_to(available, bytes_per_weight)?;
+            let full = choice.preset.num_experts;
+            let name = if preset.num_experts == full {
+                preset.name.to_owned()
+            } else {
+                format!("{} ({} of {full} experts: memory)", preset.name, preset.num_experts)
+            };
+            Some(Job { name: Some(name), preset, tokens: tokens(&choice.tokens) })
+        })
+        .collect();
+    if jobs.is_empty() {
+        anyhow::bail!("{available} bytes of free memory are too few for the default layers; give smaller sizes");
+    }
+    Ok(jobs)
+}
+
+/// Makes the layer and measures it at every batch size.
+fn run_job(
+    job: &Job,
+    config: MoeConfig,
+    bench: &Bench<'_>,
+    args: &Args,
+    status: &Status,
+) -> wgmoe::Result<(Vec<Row>, Vec<Failure>)> {
+    status.lively();
+    status.set(format!("{}: making weights", job.preset.name));
+    let workload = Workload::new(config, args.skew, args.seed)?;
+    let mut show = |progress| match progress {
+        Progress::Loading => status.set("loading weights"),
+        Progress::Verifying(tokens) => {
+            status.lively();
+            status.set(format!("{tokens} tokens: checking the result against the reference"));
+        }
+        Progress::Timing(tokens, run, runs) => {
+            status.quiet();
+            status.set(format!("{tokens} tokens: run {run} of {runs}"));
+        }
+    };
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
+    for outcome in bench.run(job.name.as_deref(), &workload, &job.tokens, &mut show) {
+        match outcome {
+            Outcome::Measured(row) => rows.push(*row),
+            Outcome::Failed(failure) => failures.push(failure),
+        }
+    }
+    Ok((rows, failures))
+}

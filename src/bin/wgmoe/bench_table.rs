@@ -1,0 +1,142 @@
+//! What `wgmoe bench` prints.
+
+use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
+use wgmoe::Roofline;
+use wgmoe::bench::results::{Failure, Row, StageResult};
+
+/// A table of numbers: one line each, the first column to the left.
+pub fn plain_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// The device's peaks in one line.
+pub fn roofline(roofline: &Roofline) -> String {
+    format!("roofline: {} GFLOP/s, {} GB/s ({})", number(roofline.gflops), number(roofline.gbytes_per_s), roofline.how)
+}
+
+/// One layer: a row for each batch, then where the time goes, then what failed.
+pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
+    let mut text = format!("\n{title}\n");
+    if !rows.is_empty() {
+        text.push_str(&format!("{}\n\nwhere the time goes\n{}\n", batches(rows), stages(rows)));
+    }
+    for failure in failures {
+        let tokens = failure.tokens.map(|tokens| format!("{tokens} tokens: ")).unwrap_or_default();
+        text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
+    }
+    text
+}
+
+fn batches(rows: &[Row]) -> Table {
+    let dense = rows.iter().any(|row| row.dense_ratio.is_some());
+    let mut header =
+        vec!["tokens", "time", "fastest", "GFLOP/s", "GB/s", "of roofline", "dispatches", "readbacks", "error"];
+    if dense {
+        header.push("x dense");
+    }
+    let mut table = plain_table(&header);
+    for row in rows {
+        let mut cells = vec![
+            row.tokens.to_string(),
+            seconds(row.median_s),
+            seconds(row.min_s),
+            number(row.gflops),
+            number(row.gbytes_per_s),
+            row.roofline_fraction.map_or("-".to_owned(), percent),
+            row.dispatches.to_string(),
+            row.readbacks.to_string(),
+            format!("{:.0e}", row.max_rel_error),
+        ];
+        if dense {
+            cells.push(row.dense_ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}")));
+        }
+        table.add_row(cells);
+    }
+    table
+}
+
+/// A column for each stage: its time and its share of all stages' time.
+fn stages(rows: &[Row]) -> String {
+    let timed = |row: &&Row| row.stages.iter().any(|stage| stage.median_s.is_some());
+    let rows: Vec<&Row> = rows.iter().filter(timed).collect();
+    // Small batches skip stages: the order is that of a row that has most.
+    let Some(longest) = rows.iter().max_by_key(|row| row.stages.len()) else {
+        return "this device cannot time single stages".to_owned();
+    };
+    let mut names: Vec<&str> = longest.stages.iter().map(|stage| stage.name.as_str()).collect();
+    for stage in rows.iter().flat_map(|row| &row.stages) {
+        if !names.contains(&stage.name.as_str()) {
+            names.push(&stage.name);
+        }
+    }
+    let header: Vec<&str> = std::iter::once("tokens").chain(names.iter().copied()).collect();
+    let mut table = plain_table(&header);
+    for row in rows {
+        let whole: f64 = row.stages.iter().filter_map(|stage| stage.median_s).sum();
+        let cell = |name: &&str| {
+            let stage = row.stages.iter().find(|stage| stage.name == *name);
+            stage.and_then(|stage| stage_cell(stage, whole)).unwrap_or_else(|| "-".to_owned())
+        };
+        table.add_row(std::iter::once(row.tokens.to_string()).chain(names.iter().map(cell)));
+    }
+    table.to_string()
+}
+
+fn stage_cell(stage: &StageResult, whole: f64) -> Option<String> {
+    let time = stage.median_s?;
+    let mut cell = format!("{}  {:>4}", seconds(time), percent(if whole > 0.0 { time / whole } else { 0.0 }));
+    // The rate of whatever there is more of: decoding is about bytes, prefill about arithmetic.
+    if time > 0.0 {
+        let (amount, unit) = if stage.flops > stage.bytes { (stage.flops, "GFLOP/s") } else { (stage.bytes, "GB/s") };
+        cell.push_str(&format!("\n{} {unit}", number(amount as f64 / time / 1e9)));
+    }
+    Some(cell)
+}
+
+/// Three significant digits and a unit that fits.
+pub fn seconds(seconds: f64) -> String {
+    let (value, unit) = match seconds {
+        s if s >= 1.0 => (s, "s"),
+        s if s >= 1e-3 => (s * 1e3, "ms"),
+        s => (s * 1e6, "µs"),
+    };
+    format!("{} {unit}", number(value))
+}
+
+/// Three significant digits.
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        v if v >= 99.95 => format!("{value:.0}"),
+        v if v >= 9.995 => format!("{value:.1}"),
+        v if v >= 0.9995 || v == 0.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+fn percent(fraction: f64) -> String {
+    let percent = fraction * 100.0;
+    if percent >= 9.95 { format!("{percent:.0} %") } else { format!("{percent:.1} %") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_keep_three_digits_and_their_unit() {
+        assert_eq!(seconds(1.23456), "1.23 s");
+        assert_eq!(seconds(0.012_345), "12.3 ms");
+        assert_eq!(seconds(0.000_123_4), "123 µs");
+        assert_eq!(number(99.96), "100");
+        assert_eq!(number(0.0), "0.00");
+        assert_eq!(number(0.01234), "0.012");
+        assert_eq!(percent(0.0912), "9.1 %");
+        assert_eq!(percent(0.912), "91 %");
+    }
+}

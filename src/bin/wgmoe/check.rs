@@ -1,0 +1,196 @@
+//! `wgmoe check`: are the numbers right, here and now? Made for CI.
+
+use crate::bench_table::plain_table;
+use crate::output::{Output, Status};
+use crate::{Limits, Matmul, Verdict, must_exist, open, unusable};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use wgmoe::golden::{self, GoldenCase};
+use wgmoe::{Context, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat, reference};
+
+/// Largest `max|y - y_ref| / max|y_ref|` of a golden case that counts as right.
+const TOLERANCE: f64 = 1e-5;
+
+const EXAMPLES: &str = "\
+Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
+
+With paths, each golden case (a safetensors file with a layer, its input and the output that another implementation \
+computed) is run and compared: output within 1e-5, selected experts and their weights.
+
+Exit code 0 only if at least one case ran, nothing failed and nothing was unsupported; 1 otherwise; 2 if a path does \
+not exist or an argument cannot be used.
+
+Examples:
+  wgmoe check
+  wgmoe check cases/ --device cpu
+  wgmoe check a.safetensors b.safetensors --json results.json";
+
+/// Compare every kernel with its reference, or golden cases with what another implementation computed
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Golden cases: safetensors files, or folders of them (not their subfolders)
+    #[arg(value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    /// Storage of the expert weights: f32 or f16. With f16, the f64 reference computes the expected output again
+    /// from the rounded weights. Golden cases only
+    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
+    weights: WeightFormat,
+    /// Grouped matmul: auto, tiled, subgroup or vec. Golden cases only: without a path, all are checked
+    #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
+    matmul: Matmul,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Outcome {
+    Pass,
+    Fail,
+    Unsupported,
+}
+
+/// One line of the report. Field names are a promise: other programs read them.
+#[derive(Debug, Serialize)]
+struct Case {
+    /// The file; for a kernel its label.
+    file: String,
+    /// The model family; `kernel` for a kernel; absent if the file could not be read that far.
+    family: Option<String>,
+    /// Sizes; kernels only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shape: Option<String>,
+    status: Outcome,
+    max_rel_error: Option<f64>,
+    reason: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    cases: Vec<Case>,
+    passed: usize,
+    failed: usize,
+    unsupported: usize,
+}
+
+pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
+    let files = files(&args.paths)?;
+    let context = open(&device, Limits::Default, output)?;
+    let cases = if args.paths.is_empty() {
+        check_kernels(&context, output)?
+    } else {
+        files.iter().map(|file| check_file(file, args, &context, output)).collect()
+    };
+    let count = |status| cases.iter().filter(|case| case.status == status).count();
+    let (passed, failed, unsupported) = (count(Outcome::Pass), count(Outcome::Fail), count(Outcome::Unsupported));
+    let report = Report { passed, failed, unsupported, cases };
+    output.json(&report)?;
+    if report.cases.is_empty() {
+        output.line("nothing to check: no *.safetensors files there");
+    }
+    let unsupported_part = if unsupported > 0 { format!(", {unsupported} unsupported") } else { String::new() };
+    output.line(&format!("{passed} passed, {failed} failed{unsupported_part}"));
+    Ok(if passed > 0 && failed + unsupported == 0 { Verdict::Right } else { Verdict::Wrong })
+}
+
+/// The files that `paths` stand for, folders replaced by what is in them, in a fixed order.
+fn files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        must_exist("PATH", path)?;
+        if !path.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let entries = std::fs::read_dir(path).map_err(|error| unusable(format!("{}: {error}", path.display())))?;
+        let mut inside: Vec<PathBuf> = entries
+            .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+            .filter(|file| file.extension().is_some_and(|extension| extension == "safetensors") && !file.is_dir())
+            .collect();
+        inside.sort();
+        files.extend(inside);
+    }
+    Ok(files)
+}
+
+fn check_kernels(context: &Context, output: &mut Output) -> anyhow::Result<Vec<Case>> {
+    let status = Status::new();
+    let checks = wgmoe::check_kernels(context, &mut |done, all, kernel: &str| {
+        status.set(format!("{done} of {all}: {kernel}"));
+    })?;
+    drop(status);
+    let mut table = plain_table(&["kernel", "shape", "error", ""]);
+    for check in &checks {
+        let verdict = if check.passed { "ok" } else { "FAILED" };
+        table.add_row([
+            check.kernel.clone(),
+            check.shape.clone(),
+            format!("{:.0e}", check.max_rel_error),
+            verdict.into(),
+        ]);
+    }
+    output.line(&format!("{table}"));
+    for check in checks.iter().filter(|check| !check.passed) {
+        let reason = check.reason.as_deref().unwrap_or("no reason given");
+        output.line(&format!("FAILED  {} {}: {reason}", check.kernel, check.shape));
+    }
+    let case = |check: wgmoe::KernelCheck| Case {
+        file: check.kernel,
+        family: Some("kernel".to_owned()),
+        shape: Some(check.shape),
+        status: if check.passed { Outcome::Pass } else { Outcome::Fail },
+        max_rel_error: finite(check.max_rel_error),
+        reason: check.reason,
+    };
+    Ok(checks.into_iter().map(case).collect())
+}
+
+/// JSON has no infinities.
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+/// Runs one golden case. Whatever is wrong with it becomes its result and does not stop the others.
+fn check_file(file: &Path, args: &Args, context: &Context, output: &mut Output) -> Case {
+    let name = file.display().to_string();
+    let mut case =
+        Case { file: name, family: None, shape: None, status: Outcome::Pass, max_rel_error: None, reason: None };
+    if let Err(error) = run_case(file, args, context, &mut case) {
+        let unsupported = matches!(error, Error::Unsupported { .. });
+        case.status = if unsupported { Outcome::Unsupported } else { Outcome::Fail };
+        case.reason = Some(error.to_string());
+    }
+    output.line(&case_line(&case, file));
+    case
+}
+
+fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgmoe::Result<()> {
+    let mut golden = GoldenCase::read(file, None)?;
+    case.family = Some(golden.family.clone());
+    let options = LayerOptions { weights: args.weights, matmul: args.matmul.0, ..Default::default() };
+    let layer = MoeLayer::with_options(context, golden.config.clone(), &golden.weights, &options)?;
+    let y = layer.forward(&golden.x)?;
+    let routing = layer.routing()?;
+    if args.weights != WeightFormat::F32 {
+        // The file's output belongs to unrounded weights, which this layer does not have.
+        let rounded = golden.weights.rounded(args.weights);
+        let expected = reference::moe_forward(&golden.config, &rounded, &golden.x).y;
+        golden.y = expected.iter().map(|&v| v as f32).collect();
+    }
+    let verdict = golden::compare(&golden, &y, &routing, TOLERANCE);
+    case.max_rel_error = finite(verdict.max_rel_error);
+    case.status = if verdict.reason.is_none() { Outcome::Pass } else { Outcome::Fail };
+    case.reason = verdict.reason;
+    Ok(())
+}
+
+fn case_line(case: &Case, file: &Path) -> String {
+    let status = match case.status {
+        Outcome::Pass => "ok         ",
+        Outcome::Fail => "FAILED     ",
+        Outcome::Unsupported => "unsupported",
+    };
+    let name = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy();
+    let error = case.max_rel_error.map(|error| format!("  error {error:.0e}")).unwrap_or_default();
+    let reason = case.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
+    format!("{status}  {name}{error}{reason}")
+}

@@ -1,0 +1,151 @@
+//! Where words go: people read standard output, or standard error while JSON has standard output.
+//!
+//! A reader that goes away (`wgmoe check | head`) ends the words, not the work: the exit code still counts.
+
+use crate::{must_be_writable, unusable};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use wgmoe::bench::results::write_json;
+
+/// Standard output and error, and the JSON file.
+pub struct Output {
+    json: Option<PathBuf>,
+    reader_left: bool,
+}
+
+impl Output {
+    pub fn new(json: Option<PathBuf>) -> Self {
+        Output { json, reader_left: false }
+    }
+
+    /// Refuses a `--json` that could not be written, before any work.
+    pub fn check_target(&self) -> anyhow::Result<()> {
+        match self.json.as_deref() {
+            Some(path) if path.as_os_str().is_empty() => Err(unusable("--json: the name of a file is missing")),
+            Some(path) if path != Path::new("-") => must_be_writable("--json", path),
+            _ => Ok(()),
+        }
+    }
+
+    fn json_on_stdout(&self) -> bool {
+        self.json.as_deref() == Some(Path::new("-"))
+    }
+
+    /// One line, or several, for people.
+    pub fn line(&mut self, text: &str) {
+        let text = format!("{text}\n");
+        if self.json_on_stdout() {
+            // Standard error is the last resort; there is nobody left to tell.
+            let _ = std::io::stderr().lock().write_all(text.as_bytes());
+        } else {
+            self.bytes(text.as_bytes());
+        }
+    }
+
+    /// The product of a command that has one (a shader's text): standard output, whatever else goes there.
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        if self.reader_left {
+            return;
+        }
+        let mut stdout = std::io::stdout().lock();
+        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => self.reader_left = true,
+            Err(error) => {
+                self.reader_left = true;
+                let _ = writeln!(std::io::stderr(), "warning: standard output: {error}");
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// The results for programs, where they were asked for.
+    pub fn json(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+        let Some(path) = self.json.clone() else { return Ok(()) };
+        if self.json_on_stdout() {
+            let mut text = serde_json::to_vec_pretty(value)?;
+            text.push(b'\n');
+            self.bytes(&text);
+        } else {
+            write_json(&path, value)?;
+            self.line(&format!("results saved in {}", path.display()));
+        }
+        Ok(())
+    }
+
+    /// Whether `--json` was given.
+    pub fn wants_json(&self) -> bool {
+        self.json.is_some()
+    }
+}
+
+/// A line of progress on standard error. It shows on terminals only and leaves nothing behind.
+pub struct Status(ProgressBar);
+
+impl Status {
+    pub fn new() -> Self {
+        let bar = ProgressBar::new_spinner();
+        bar.set_style(ProgressStyle::with_template("{spinner} {wide_msg} {elapsed}").expect("the template is fixed"));
+        bar.enable_steady_tick(Duration::from_millis(120));
+        Status(bar)
+    }
+
+    pub fn set(&self, message: impl Into<String>) {
+        self.0.set_message(message.into());
+    }
+
+    /// Nothing else wakes up while it is timed.
+    pub fn quiet(&self) {
+        self.0.disable_steady_tick();
+        self.0.tick();
+    }
+
+    pub fn lively(&self) {
+        self.0.enable_steady_tick(Duration::from_millis(120));
+    }
+
+    /// Lets `print` write lines without the progress line in between.
+    pub fn suspend(&self, print: impl FnOnce()) {
+        self.0.suspend(print);
+    }
+}
+
+impl Drop for Status {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// An error with what caused it, and what to do.
+pub fn report(error: &anyhow::Error) {
+    let mut text = format!("error: {error}\n");
+    let mut above = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Many errors already quote their source.
+        if !above.contains(&cause) {
+            text.push_str(&format!("  because: {cause}\n"));
+        }
+        above = cause;
+    }
+    if let Some(hint) = hint(error) {
+        text.push_str(&format!("  hint: {hint}\n"));
+    }
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+fn hint(error: &anyhow::Error) -> Option<&'static str> {
+    if error.is::<crate::Unusable>() {
+        return Some("--help lists the options and their values");
+    }
+    match error.downcast_ref::<wgmoe::Error>()? {
+        wgmoe::Error::NoDevice { .. } => Some("`wgmoe info` lists the devices; --device cpu works everywhere"),
+        wgmoe::Error::DeviceLost { .. } | wgmoe::Error::Timeout { .. } => {
+            Some("try fewer --tokens, another --device, or --device cpu")
+        }
+        wgmoe::Error::OutOfMemory { .. } => Some("--weights f16 halves the weights; --experts makes the layer smaller"),
+        _ => None,
+    }
+}

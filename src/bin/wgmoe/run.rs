@@ -1,0 +1,217 @@
+//! `wgmoe run`: one layer of a checkpoint on real activations.
+
+use crate::bench_table::{number, seconds};
+use crate::output::Output;
+use crate::{Limits, Verdict, must_be_writable, must_exist, open, unusable};
+use anyhow::Context as _;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use wgmoe::bench::results::temporary_name;
+use wgmoe::model::checkpoint::{read_tensor, write_tensor};
+use wgmoe::{Checkpoint, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat};
+
+/// Name of the tensor in the file that is written.
+const OUTPUT_TENSOR: &str = "output";
+
+const EXAMPLES: &str = "\
+FILE is a safetensors file, a model.safetensors.index.json or the folder of a checkpoint. The output has the shape of \
+the input and is written as tensor \"output\", f32.
+
+Examples:
+  wgmoe run model.safetensors --layer 3 --input x.safetensors --output y.safetensors
+  wgmoe run Qwen3-30B-A3B/ --layer 0 --input acts.safetensors:hidden_states --output y.safetensors --weights f16
+  wgmoe run mine.safetensors --family mine.toml --input x.safetensors --output y.safetensors --json -";
+
+/// Run one layer of a checkpoint on activations from a file
+#[derive(clap::Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// The checkpoint
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Layer of the model
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    layer: u32,
+    /// Activations [..., hidden_size]; the tensor's name may be left out where the file holds only one
+    #[arg(long, value_name = "FILE[:TENSOR]")]
+    input: String,
+    /// Where to write the output
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// Description of the model family, where it is not a built-in one
+    #[arg(long, value_name = "TOML")]
+    family: Option<PathBuf>,
+    /// Storage of the expert weights: f32 or f16
+    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
+    weights: WeightFormat,
+}
+
+#[derive(Serialize)]
+struct Report {
+    file: String,
+    family: String,
+    layout: String,
+    layer: u32,
+    device: wgmoe::DeviceInfo,
+    weights: WeightFormat,
+    tokens: usize,
+    hidden_size: u32,
+    intermediate_size: u32,
+    num_experts: u32,
+    top_k: u32,
+    tokens_per_expert: Vec<u32>,
+    /// Reading the checkpoint.
+    load_s: f64,
+    /// Packing and uploading the weights.
+    prepare_s: f64,
+    /// The forward pass, with its input going in and its output coming back.
+    forward_s: f64,
+    output: String,
+}
+
+pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
+    must_exist("FILE", &args.file)?;
+    let (input, tensor) = split_input(&args.input)?;
+    must_be_writable("--output", &args.output)?;
+    if let Some(family) = &args.family {
+        must_exist("--family", family)?;
+    }
+    let context = open(&device, Limits::All, output)?;
+
+    let started = Instant::now();
+    let family = args.family.as_deref().map(Family::from_file).transpose()?;
+    let loaded = Checkpoint::open(&args.file)?
+        .load_layer(family.as_ref(), args.layer)
+        .with_context(|| format!("cannot read layer {} of {}", args.layer, args.file.display()))?;
+    let (x, shape) = read_tensor(&input, tensor.as_deref())?;
+    check_shape(&input, tensor.as_deref(), &shape, loaded.config.hidden_size())?;
+    let load_s = started.elapsed().as_secs_f64();
+
+    let started = Instant::now();
+    let options = LayerOptions { weights: args.weights, ..Default::default() };
+    let layer = MoeLayer::with_options(&context, loaded.config.clone(), &loaded.weights, &options)?;
+    let prepare_s = started.elapsed().as_secs_f64();
+    let started = Instant::now();
+    let y = layer.forward(&x)?;
+    let forward_s = started.elapsed().as_secs_f64();
+    let tokens_per_expert =
+        if y.is_empty() { vec![0; loaded.config.num_experts() as usize] } else { layer.routing()?.tokens_per_expert };
+    write(&args.output, &y, &shape)?;
+
+    let config = &loaded.config;
+    let report = Report {
+        file: args.file.display().to_string(),
+        family: loaded.family.to_string(),
+        layout: loaded.layout.to_string(),
+        layer: args.layer,
+        device: context.device().clone(),
+        weights: args.weights,
+        tokens: x.len() / config.hidden_size() as usize,
+        hidden_size: config.hidden_size(),
+        intermediate_size: config.intermediate_size(),
+        num_experts: config.num_experts(),
+        top_k: config.top_k(),
+        tokens_per_expert,
+        load_s,
+        prepare_s,
+        forward_s,
+        output: args.output.display().to_string(),
+    };
+    output.line(&describe(&report));
+    output.json(&report)?;
+    Ok(Verdict::Right)
+}
+
+/// `file` or `file:tensor`. A file whose name has a colon in it wins.
+fn split_input(argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
+    if Path::new(argument).is_file() {
+        return Ok((argument.into(), None));
+    }
+    if let Some((file, tensor)) = argument.rsplit_once(':')
+        && Path::new(file).is_file()
+    {
+        if tensor.is_empty() {
+            return Err(unusable(format!("--input {argument}: the tensor's name after the colon is missing")));
+        }
+        return Ok((file.into(), Some(tensor.to_owned())));
+    }
+    Err(unusable(format!("--input {argument}: no such file")))
+}
+
+/// The last axis of the input must be the layer's width.
+fn check_shape(path: &Path, tensor: Option<&str>, shape: &[usize], hidden_size: u32) -> wgmoe::Result<()> {
+    if shape.last() == Some(&(hidden_size as usize)) {
+        return Ok(());
+    }
+    Err(Error::BadTensor {
+        path: path.to_owned(),
+        tensor: tensor.unwrap_or("input").to_owned(),
+        found: format!("{shape:?}"),
+        expected: format!("[..., {hidden_size}], the layer's hidden_size last"),
+    })
+}
+
+/// Writes beside the target and renames, so that nobody finds half a file.
+fn write(path: &Path, y: &[f32], shape: &[usize]) -> anyhow::Result<()> {
+    let temporary = temporary_name(path);
+    let written = write_tensor(&temporary, OUTPUT_TENSOR, y, shape)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| Ok(std::fs::rename(&temporary, path)?));
+    if written.is_err() {
+        // The error says what happened; a leftover would only be in the way.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn describe(report: &Report) -> String {
+    let Report { family, layout, layer, hidden_size, intermediate_size, num_experts, top_k, tokens, .. } = report;
+    format!(
+        "layer:  {layer} of {} ({family}, {layout} layout)\n        \
+         hidden {hidden_size}, intermediate {intermediate_size}, {num_experts} experts, top-{top_k}, {} weights\n\
+         tokens: {tokens}\n\
+         {}\n\
+         time:   read {}, prepare {}, forward {}\n\
+         output: {}",
+        report.file,
+        report.weights.name(),
+        load_line(&report.tokens_per_expert),
+        seconds(report.load_s),
+        seconds(report.prepare_s),
+        seconds(report.forward_s),
+        report.output,
+    )
+}
+
+/// How evenly the tokens are spread, and who has most.
+fn load_line(tokens_per_expert: &[u32]) -> String {
+    let mut busiest: Vec<(usize, u32)> = tokens_per_expert.iter().copied().enumerate().collect();
+    busiest.sort_by_key(|&(e, n)| (std::cmp::Reverse(n), e));
+    let sum: u64 = tokens_per_expert.iter().copied().map(u64::from).sum();
+    let mean = sum as f64 / tokens_per_expert.len().max(1) as f64;
+    let idle = tokens_per_expert.iter().filter(|&&n| n == 0).count();
+    let most: Vec<String> =
+        busiest.iter().take(5).filter(|(_, n)| *n > 0).map(|(e, n)| format!("expert {e}: {n}")).collect();
+    let most = if most.is_empty() { String::new() } else { format!("; most: {}", most.join(", ")) };
+    format!("load:   {} tokens for each expert on average, idle experts: {idle}{most}", number(mean))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_load_names_the_busiest_and_counts_the_idle() {
+        let line = load_line(&[0, 5, 2, 5]);
+        assert!(line.contains("idle experts: 1") && line.contains("expert 1: 5, expert 3: 5, expert 2: 2"), "{line}");
+        assert!(!load_line(&[0, 0]).contains("most"));
+    }
+
+    #[test]
+    fn shapes_must_end_in_the_hidden_size() {
+        assert!(check_shape(Path::new("x"), None, &[2, 3, 8], 8).is_ok());
+        assert!(check_shape(Path::new("x"), None, &[8, 2], 8).is_err());
+        assert!(check_shape(Path::new("x"), None, &[], 8).is_err());
+    }
+}
