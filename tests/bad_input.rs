@@ -296,6 +296,7 @@ fn variants_and_tiles_that_the_device_cannot_run() {
     let mut bad = vec![tiled(0, 64), tiled(64, 0), tiled(2, 64), tiled(30, 64), tiled(64, 66), tiled(128, 64)];
     bad.extend([tiled(most, most), vec(0, 1), vec(64, 0), vec(64, 3), vec(16, 32), vec(512, 1), vec(u32::MAX, 1)]);
     bad.extend([0, 4, 16].map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
+    bad.extend([0, 4, 16].map(|subgroup_size| MatmulChoice::VecSubgroup { subgroup_size, sorted: true }));
     for choice in bad {
         let request = MatmulRequest { variant: None, choice: Some(choice) };
         assert_error!(plan(&config, &device, request), Error::InvalidConfig { field: "tile", .. });

@@ -9,12 +9,8 @@ use crate::kernels::Stage;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
 use crate::plan::{LayerPlan, Plan};
-<<<<<<< HEAD
-use std::collections::{BTreeSet, HashMap};
-=======
->>>>>>> main
 use async_lock::Mutex;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// Prepared passes that are kept, one for each number of tokens seen.

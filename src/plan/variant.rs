@@ -66,7 +66,7 @@ fn check_choice(choice: MatmulChoice, device: &DeviceProfile) -> Result<()> {
                 && lanes(u64::from(tile_m) * u64::from(tile_n) / 16),
             format!("tile_m and tile_n multiples of 4, tile_m * tile_n / 16 at most {}", device.max_invocations),
         ),
-        MatmulChoice::Subgroup { subgroup_size } => {
+        MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => {
             (Some(subgroup_size) == device.subgroup_size, format!("the device's size, {:?}", device.subgroup_size))
         }
         MatmulChoice::Vec { workgroup_size, k_lanes, .. } => (
