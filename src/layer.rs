@@ -149,7 +149,10 @@ impl MoeLayer {
         }
         match &self.engine {
             LayerEngine::Gpu(layer) if num_tokens > 0 => layer.forward(x, y).await,
-            LayerEngine::Gpu(_) => Ok(()),
+            LayerEngine::Gpu(layer) => {
+                layer.forward_nothing().await;
+                Ok(())
+            }
             LayerEngine::Cpu(cpu) => {
                 let routing = cpu.layer.forward_into(x, y)?;
                 let mut last = lock(&cpu.last);

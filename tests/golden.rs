@@ -1,9 +1,12 @@
 //! Every engine against golden files: blocks computed by somebody else's implementation (tests/golden/README.md).
 
+mod support;
+
 use std::path::{Path, PathBuf};
+use support::{gpu_context, variants};
 use wgmoe::golden::{self, GoldenCase, compare};
 use wgmoe::reference::moe_forward;
-use wgmoe::{Error, MoeConfig, MoeWeights, Result, RoutingDecision};
+use wgmoe::{Context, Error, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, MoeWeights, Result, RoutingDecision};
 
 /// Runs one layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]` and its routing.
 type Engine<'a> = &'a dyn Fn(&MoeConfig, &MoeWeights, &[f32]) -> Result<(Vec<f32>, RoutingDecision)>;
@@ -80,6 +83,32 @@ fn the_reference_agrees_with_golden_files() {
 #[test]
 fn the_reference_agrees_with_neighbouring_golden_files() {
     check_all("reference", &reference, &neighbouring_cases());
+}
+
+/// A layer on `context`, with the variant that the plan chooses or another.
+fn check_context(context: &Context, matmul: Option<MatmulVariant>, cases: &[GoldenCase]) {
+    let engine = |config: &MoeConfig, weights: &MoeWeights, x: &[f32]| {
+        let options = LayerOptions { matmul, ..LayerOptions::default() };
+        let layer = MoeLayer::with_options(context, config.clone(), weights, &options)?;
+        Ok((layer.forward(x)?, layer.routing()?))
+    };
+    let variant = matmul.map_or("", MatmulVariant::name);
+    check_all(&format!("{} {variant}", context.device().name), &engine, cases);
+}
+
+#[test]
+fn the_cpu_engine_agrees_with_golden_files() {
+    check_context(&Context::cpu(), None, &own_cases());
+    check_context(&Context::cpu(), None, &neighbouring_cases());
+}
+
+#[test]
+fn the_gpu_agrees_with_golden_files() {
+    let Some(context) = gpu_context() else { return };
+    let cases: Vec<GoldenCase> = own_cases().into_iter().chain(neighbouring_cases()).collect();
+    for matmul in std::iter::once(None).chain(variants(&context).into_iter().map(Some)) {
+        check_context(&context, matmul, &cases);
+    }
 }
 
 #[test]

@@ -230,15 +230,17 @@ impl Gpu {
     pub(crate) async fn run(&self, commands: wgpu::CommandBuffer, during: &'static str) -> Result<()> {
         let done = Signal::default();
         let notify = done.clone();
-        self.submit(commands);
+        self.submit(commands).await?;
         self.queue().on_submitted_work_done(move || notify.set(Ok(())));
         self.wait(&done, during).await?;
         self.check(during)
     }
 
-    /// Submits without waiting.
-    pub(crate) fn submit(&self, commands: wgpu::CommandBuffer) {
-        self.queue().submit([commands]);
+    /// Submits without waiting. On a device that is lost or destroyed this is a typed error; a caller's own device may
+    /// have no handler but wgpu's, which panics.
+    pub(crate) async fn submit(&self, commands: wgpu::CommandBuffer) -> Result<()> {
+        self.scoped("submitting commands", |_| self.queue().submit([commands])).await?;
+        Ok(())
     }
 
     /// Starts mapping a whole buffer for reading (`Read`) or writing (`Write`).

@@ -10,13 +10,15 @@ use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
 use crate::plan::{LayerPlan, Plan};
 use async_lock::Mutex;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
 const MAX_PASSES: usize = 64;
 /// Uniforms of one pass share a buffer; each starts at a multiple of this.
 const UNIFORM_ALIGNMENT: u64 = 256;
+/// Bindings that are a part of a storage buffer start at a multiple of this on every device.
+const OFFSET_ALIGNMENT: u64 = 256;
 
 /// A layer's GPU side.
 pub(crate) struct GpuLayer {
@@ -37,6 +39,8 @@ struct State {
     /// Bind groups of the last (pass, x, y), so that repeating a pass creates nothing.
     bound: HashMap<u32, Bound>,
     last: PassStats,
+    /// Tokens in the layer's own x, for passes on resident input; 0 if there is nothing.
+    resident: u32,
     /// Set when the last forward took several passes, whose device buffers no longer hold all of the routing.
     routing: Option<RoutingDecision>,
 }
@@ -88,15 +92,16 @@ impl GpuLayer {
 
     async fn prepare_passes(&self, state: &mut State, num_tokens: u32) -> Result<()> {
         self.grow(state, num_tokens.min(self.plan.max_tokens())).await?;
-        for (_, tokens) in self.plan.passes(num_tokens) {
-            if !state.passes.contains_key(&tokens) {
-                if state.passes.len() >= MAX_PASSES {
-                    state.passes.clear();
-                    state.bound.clear();
-                }
-                let prepared = self.prepare_pass(tokens).await?;
-                state.passes.insert(tokens, prepared);
-            }
+        // All passes but the last have the same size.
+        let wanted: BTreeSet<u32> = self.plan.passes(num_tokens).map(|(_, tokens)| tokens).collect();
+        let missing: Vec<u32> = wanted.iter().copied().filter(|tokens| !state.passes.contains_key(tokens)).collect();
+        if state.passes.len() + missing.len() > MAX_PASSES {
+            state.passes.retain(|tokens, _| wanted.contains(tokens));
+            state.bound.retain(|tokens, _| wanted.contains(tokens));
+        }
+        for tokens in missing {
+            let prepared = self.prepare_pass(tokens).await?;
+            state.passes.insert(tokens, prepared);
         }
         Ok(())
     }
@@ -252,6 +257,16 @@ impl GpuLayer {
                 hint: "pass two buffers".to_owned(),
             });
         }
+        let max_tokens = self.plan.max_tokens();
+        let pass_bytes = u64::from(max_tokens) * u64::from(self.plan.config().hidden_size()) * 4;
+        if num_tokens > max_tokens && !pass_bytes.is_multiple_of(OFFSET_ALIGNMENT) {
+            return Err(Error::LimitExceeded {
+                what: "tokens of one recorded pass".to_owned(),
+                required: num_tokens.into(),
+                available: max_tokens.into(),
+                hint: "record fewer tokens at a time, from buffers of their own, or call forward",
+            });
+        }
         let mut state = self.state.lock().await;
         let readbacks = self.gpu.readbacks();
         let allocations = self.gpu.allocations();
@@ -282,6 +297,7 @@ impl GpuLayer {
         let num_tokens = (x.len() / h) as u32;
         let before = (self.gpu.readbacks(), self.gpu.allocations());
         self.prepare_io(&mut state, num_tokens).await?;
+        state.resident = 0;
         let several = num_tokens > self.plan.max_tokens();
         let mut routing: Option<RoutingDecision> = None;
         let (mut dispatches, mut bad_tokens) = (0, 0);
@@ -299,12 +315,20 @@ impl GpuLayer {
             }
         }
         state.routing = routing;
+        state.resident = if several { 0 } else { num_tokens };
         // What forward reads back is its result, after the last dispatch of each pass: none of it stalls a pass.
         state.last = self.stats(num_tokens, dispatches, self.gpu.readbacks(), before.1);
         match bad_tokens {
             0 => Ok(()),
             num_tokens => Err(Error::NonFiniteLogits { num_tokens }),
         }
+    }
+
+    /// A forward of zero tokens: nothing but the memory of what came before it changes.
+    pub(crate) async fn forward_nothing(&self) {
+        let mut state = self.state.lock().await;
+        state.last = PassStats::default();
+        state.routing = None;
     }
 
     async fn prepare_io(&self, state: &mut State, num_tokens: u32) -> Result<()> {
@@ -373,8 +397,8 @@ impl GpuLayer {
             });
         }
         self.prepare_io(&mut state, num_tokens).await?;
+        state.resident = 0;
         let Some(io) = state.io.take() else { return Err(unprepared(num_tokens)) };
-        self.bind(&mut state, num_tokens, 0, &io.x, &io.y).await?;
         write_mapped(&io.upload, bytemuck::cast_slice(x))?;
         io.upload.unmap();
         let mut encoder = self.encoder();
@@ -383,15 +407,29 @@ impl GpuLayer {
         let mapped = self.gpu.map(&io.upload, wgpu::MapMode::Write);
         self.gpu.wait(&mapped, "uploading x").await?;
         state.io = Some(io);
-        state.last = PassStats { num_tokens, ..PassStats::default() };
+        state.resident = num_tokens;
         Ok(())
+    }
+
+    /// Everything for a pass on the resident input, whatever was bound or evicted since. Returns its tokens.
+    async fn bind_resident(&self, state: &mut State) -> Result<u32> {
+        let num_tokens = state.resident;
+        let Some((x, y)) = state.io.as_ref().map(|io| (io.x.clone(), io.y.clone())) else {
+            return Err(unprepared(num_tokens));
+        };
+        if num_tokens == 0 {
+            return Err(unprepared(num_tokens));
+        }
+        self.prepare_passes(state, num_tokens).await?;
+        self.bind(state, num_tokens, 0, &x, &y).await?;
+        Ok(num_tokens)
     }
 
     /// One pass on the resident input, from recording to completion, waited for.
     pub(crate) async fn run_resident(&self) -> Result<()> {
         let mut state = self.state.lock().await;
-        let num_tokens = state.last.num_tokens;
         let before = (self.gpu.readbacks(), self.gpu.allocations());
+        let num_tokens = self.bind_resident(&mut state).await?;
         let mut encoder = self.encoder();
         let dispatches = self.record_pass(&state, &mut encoder, num_tokens, None)?;
         submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
@@ -402,8 +440,8 @@ impl GpuLayer {
 
     /// Seconds of each stage of one pass on the resident input.
     pub(crate) async fn profile(&self) -> Result<Vec<StageTime>> {
-        let state = self.state.lock().await;
-        let num_tokens = state.last.num_tokens;
+        let mut state = self.state.lock().await;
+        let num_tokens = self.bind_resident(&mut state).await?;
         let Some(pass) = state.passes.get(&num_tokens) else { return Err(unprepared(num_tokens)) };
         let stages: Vec<_> = pass.plan.stage_of_dispatch().collect();
         let times = if self.gpu.has_timestamps() {
@@ -441,7 +479,12 @@ impl GpuLayer {
         let state = self.state.lock().await;
         match &state.routing {
             Some(routing) => Ok(routing.clone()),
-            None => self.read_routing(&state, state.last.num_tokens.min(self.plan.max_tokens())).await,
+            None if state.last.num_tokens > self.plan.max_tokens() => Err(Error::Unsupported {
+                what: "the routing of a recorded batch that took several passes".to_owned(),
+                by: "after the fact (each pass overwrites that of the one before)".to_owned(),
+                hint: format!("record at most {} tokens at a time, or call forward", self.plan.max_tokens()),
+            }),
+            None => self.read_routing(&state, state.last.num_tokens).await,
         }
     }
 
@@ -483,8 +526,7 @@ impl GpuLayer {
 
     async fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
         let commands = self.gpu.scoped("recording commands", |_| encoder.finish()).await?;
-        self.gpu.submit(commands);
-        Ok(())
+        self.gpu.submit(commands).await
     }
 }
 

@@ -178,8 +178,10 @@ impl LayerPlan {
             let middle = fits + (too_many - fits) / 2;
             if largest(middle).bytes <= limit && self.plan(middle).is_ok() { fits = middle } else { too_many = middle }
         }
-        // A multiple of 64 tokens starts at a multiple of 256 bytes whatever the hidden size, as offsets must.
-        Ok(if fits > 64 { fits / 64 * 64 } else { fits })
+        // Passes over a caller's buffer start at multiples of max_tokens, and offsets have to be multiples of 256 bytes:
+        // 64 elements, which are this many tokens.
+        let aligned = 64 >> self.config.hidden_size().trailing_zeros().min(6);
+        Ok(if fits >= aligned { fits / aligned * aligned } else { fits })
     }
 
     /// The passes that a batch of `num_tokens` tokens takes: (first token, number of tokens).
@@ -197,6 +199,7 @@ impl LayerPlan {
         let num_assignments = num_tokens
             .checked_mul(c.top_k())
             .ok_or_else(|| over_limit("assignments", u64::from(num_tokens) * u64::from(c.top_k()), u32::MAX.into()))?;
+        self.request.check_tokens(num_tokens)?;
         let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
         let slots = tile_slots(num_assignments.into(), c.num_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.

@@ -35,8 +35,46 @@ impl MatmulRequest {
                 hint: "use the tiled or vec variant".to_owned(),
             });
         }
-        Ok(())
+        match self.choice {
+            Some(choice) => check_choice(choice, device),
+            None => Ok(()),
+        }
     }
+
+    /// A pass of `num_tokens` tokens can run what is asked for.
+    pub fn check_tokens(&self, num_tokens: u32) -> Result<()> {
+        match self.choice {
+            Some(choice) if !choice.sorted() && num_tokens > FEW_TOKENS => Err(Error::config(
+                "tile",
+                format!("{choice:?} for {num_tokens} tokens"),
+                format!("sorted: true above {FEW_TOKENS} tokens"),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The sizes are such that every lane has a place in the tile, and the device has that many lanes.
+fn check_choice(choice: MatmulChoice, device: &DeviceProfile) -> Result<()> {
+    let lanes = |n: u64| (1..=u64::from(device.max_invocations)).contains(&n);
+    let (valid, expected) = match choice {
+        MatmulChoice::Tiled { tile_m, tile_n } => (
+            tile_m >= 4
+                && tile_n >= 4
+                && tile_m.is_multiple_of(4)
+                && tile_n.is_multiple_of(4)
+                && lanes(u64::from(tile_m) * u64::from(tile_n) / 16),
+            format!("tile_m and tile_n multiples of 4, tile_m * tile_n / 16 at most {}", device.max_invocations),
+        ),
+        MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => {
+            (Some(subgroup_size) == device.subgroup_size, format!("the device's size, {:?}", device.subgroup_size))
+        }
+        MatmulChoice::Vec { workgroup_size, k_lanes, .. } => (
+            k_lanes.is_power_of_two() && workgroup_size.is_multiple_of(k_lanes) && lanes(workgroup_size.into()),
+            format!("k_lanes a power of two that divides workgroup_size, at most {}", device.max_invocations),
+        ),
+    };
+    if valid { Ok(()) } else { Err(Error::config("tile", format!("{choice:?}"), expected)) }
 }
 
 /// The table. Rows per expert decide, not tokens; the kind of device decides how tiles are fed.
