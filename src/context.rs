@@ -11,6 +11,12 @@ pub struct Context {
     reason: String,
 }
 
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("device", &self.info).field("reason", &self.reason).finish()
+    }
+}
+
 /// Who computes.
 #[derive(Clone)]
 pub(crate) enum Engine {

@@ -73,10 +73,7 @@ pub enum Error {
         hint: &'static str,
     },
     /// No device answers to the request.
-    #[error(
-        "no device matches {wanted:?}; found: {}; the embedded CPU engine is always there as \"cpu\"",
-        list(found)
-    )]
+    #[error("no device matches {wanted:?}; found: {}; the embedded CPU engine is always there as \"cpu\"", list(found))]
     NoDevice {
         /// What was asked for.
         wanted: String,

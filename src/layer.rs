@@ -241,10 +241,8 @@ impl MoeLayer {
             LayerEngine::Cpu(cpu) => {
                 let CpuLast { x, y, .. } = &mut *lock(&cpu.last);
                 let (_, times) = cpu.layer.forward_profiled(x, y)?;
-                let stage = |(stage, time): (Stage, Duration)| StageTime {
-                    name: stage.name(),
-                    seconds: time.as_secs_f64(),
-                };
+                let stage =
+                    |(stage, time): (Stage, Duration)| StageTime { name: stage.name(), seconds: time.as_secs_f64() };
                 Ok(Stage::ALL.into_iter().zip(times).map(stage).collect())
             }
         }

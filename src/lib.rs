@@ -68,6 +68,7 @@
 #![deny(missing_docs)]
 
 pub mod bench;
+pub mod check;
 pub mod context;
 pub mod cpu;
 pub mod error;
@@ -79,6 +80,8 @@ pub mod model;
 pub mod plan;
 pub mod reference;
 
+pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
+pub use check::{KernelCheck, check_kernels};
 pub use context::Context;
 pub use error::{Error, Result};
 pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, StageTime, adapters};
@@ -92,6 +95,3 @@ pub use model::routing::{Routing, RoutingDecision, Scores};
 pub use model::weights::{MoeWeights, WeightFormat};
 pub use plan::Plan;
 pub use wgpu;
-
-mod standin;
-pub use standin::{KernelCheck, Roofline, check_kernels, dense_matmul_time, roofline};

@@ -6,6 +6,7 @@ use crate::bench::stats::{self, Summary};
 use crate::bench::verify;
 use crate::bench::workload::Workload;
 use crate::error::Result;
+use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::WeightFormat;
 use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, Roofline, dense_matmul_time};
@@ -23,7 +24,7 @@ const SLOW: Duration = Duration::from_secs(3);
 const PROFILED_RUNS: usize = 5;
 
 /// How to measure.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Bench<'a> {
     /// The device.
     pub context: &'a Context,
@@ -68,7 +69,7 @@ impl Bench<'_> {
         batches: &[u32],
         progress: &mut dyn FnMut(Progress),
     ) -> Vec<Outcome> {
-        let layer_name = describe(workload, self.weights);
+        let layer_name = describe(&workload.config, self.weights, workload.skew);
         let failed = |tokens, reason: String| Outcome::Failed(Failure { layer: layer_name.clone(), tokens, reason });
         progress(Progress::Loading);
         let options = LayerOptions { weights: self.weights, matmul: self.matmul, ..Default::default() };
@@ -179,9 +180,8 @@ impl Bench<'_> {
 }
 
 /// The layer in one line.
-pub fn describe(workload: &Workload, weights: WeightFormat) -> String {
-    let config = &workload.config;
-    let skew = if workload.skew > 0.0 { format!(", skew {}", workload.skew) } else { String::new() };
+pub fn describe(config: &MoeConfig, weights: WeightFormat, skew: f64) -> String {
+    let skew = if skew > 0.0 { format!(", skew {skew}") } else { String::new() };
     format!(
         "hidden {}, intermediate {}, {} experts, top-{}, {} weights{skew}",
         config.hidden_size(),
@@ -232,7 +232,7 @@ fn stage_results(layer: &MoeLayer, tokens: u32) -> Result<Vec<StageResult>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, DeviceChoice, MoeConfig, Routing, Scores};
+    use crate::{Activation, DeviceChoice, Routing, Scores};
 
     fn workload() -> Workload {
         let routing = Routing { scores: Scores::Softmax, renormalize: true };

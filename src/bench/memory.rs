@@ -16,14 +16,14 @@ pub fn available() -> Option<u64> {
 pub fn check(what: &str, required: u64) -> Result<()> {
     match available() {
         Some(available) if required > available => Err(Error::LimitExceeded {
-            what: format!("{what} (bytes of host memory)"),
+            what: format!("host memory in bytes for {what}"),
             required,
             available,
             hint: "choose smaller sizes, fewer experts or fewer tokens",
         }),
         // Where the system does not say, only what cannot be addressed is refused.
         None if required > isize::MAX as u64 => Err(Error::LimitExceeded {
-            what: format!("{what} (bytes of host memory)"),
+            what: format!("host memory in bytes for {what}"),
             required,
             available: isize::MAX as u64,
             hint: "choose smaller sizes, fewer experts or fewer tokens",

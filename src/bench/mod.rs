@@ -11,6 +11,7 @@ pub mod measure;
 pub mod memory;
 pub mod presets;
 pub mod results;
+pub mod roofline;
 pub mod stats;
 pub mod verify;
 pub mod workload;

@@ -18,7 +18,10 @@ use crate::model::config::MoeConfig;
 use crate::model::weights::MoeWeights;
 use rayon::prelude::*;
 
-/// Logit that a token gets for the first of the experts meant for it. Noise has logits around 1.
+/// Length of each router row, and so the size of the logits of noise. Small, because an f32 logit is off by its size
+/// times a few units in the last place, and so is the weight that the softmax makes of it, relatively.
+const ROUTER_ROW_LENGTH: f32 = 0.25;
+/// Logit that a token gets for the first of the experts meant for it, by that of noise.
 const FIRST_LOGIT: f32 = 12.0;
 /// The last one's logit as a fraction of the first's: far enough from noise, close enough that every choice counts.
 const LAST_LOGIT: f32 = 0.75;
@@ -63,7 +66,7 @@ impl Workload {
             random_weights(seed, tensor, len as usize, scale)
         };
         let weights = MoeWeights {
-            router: unit_rows(seed, e as usize, h as usize),
+            router: router_rows(seed, e as usize, h as usize),
             router_bias: None,
             gate_proj: tensor(Tensor::Gate, e * i * h, h, 1.0),
             up_proj: tensor(Tensor::Up, e * i * h, h, 1.0),
@@ -93,7 +96,7 @@ impl Workload {
         for (j, e) in self.intended_experts(t, shares).into_iter().enumerate() {
             let logit = FIRST_LOGIT * (1.0 - (1.0 - LAST_LOGIT) * j as f32 / top_k as f32);
             let row = &self.weights.router[e * hidden_size..][..hidden_size];
-            token.iter_mut().zip(row).for_each(|(value, weight)| *value += logit * weight);
+            token.iter_mut().zip(row).for_each(|(value, weight)| *value += logit / ROUTER_ROW_LENGTH * weight);
         }
     }
 
@@ -157,12 +160,12 @@ fn power_of_two(value: f32) -> f32 {
     value.log2().round().exp2()
 }
 
-/// `rows` vectors of length one, `[rows, width]`.
-fn unit_rows(seed: u64, rows: usize, width: usize) -> Vec<f32> {
+/// `rows` vectors of length [`ROUTER_ROW_LENGTH`], `[rows, width]`.
+fn router_rows(seed: u64, rows: usize, width: usize) -> Vec<f32> {
     let mut values = random_weights(seed, Tensor::Router, rows * width, 1.0);
     values.par_chunks_exact_mut(width).for_each(|row| {
         let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
-        row.iter_mut().for_each(|v| *v /= length);
+        row.iter_mut().for_each(|v| *v *= ROUTER_ROW_LENGTH / length);
     });
     values
 }

@@ -1,15 +1,17 @@
 //! How rows are cut for the matmul, and how packed activations lie in memory.
 //!
 //! Rows of one expert form chunks (what one task works on), a chunk's rows form tiles (what fits into registers).
-//! Both cuts are even: 13 rows in tiles of at most 12 become 6 + 7.
+//! Both cuts are even: 7 rows in tiles of at most 6 become 3 + 4.
 //!
 //! **Packed activations** keep each tile's rows side by side: the tile with rows `a..b` of width `K` occupies
 //! `a * K..b * K`, as `[K, b - a]`. The kernel then reads one stream, and a single row is just a row.
 
 use std::ops::Range;
 
-/// Most tiles in a chunk: bounds a task's accumulators, and keeps its activations in a core's L2 cache.
-pub(super) const CHUNK_TILES: usize = 10;
+/// Most rows in a tile.
+pub(super) const TILE_ROWS: usize = 6;
+/// Most rows in a chunk: bounds a task's accumulators, and keeps its activations in a core's L2 cache.
+pub(super) const CHUNK_ROWS: usize = 20 * TILE_ROWS;
 
 /// Rows of one expert, for one task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,17 +21,17 @@ pub(super) struct Chunk {
 }
 
 impl Chunk {
-    /// The tiles, at most `tile` rows each, as ranges of rows.
-    pub fn tiles(&self, tile: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        even(self.rows.clone(), tile)
+    /// The tiles, as ranges of rows.
+    pub fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        even(self.rows.clone(), TILE_ROWS)
     }
 }
 
 /// Chunks of all experts, ascending. Expert e owns rows `expert_offsets[e]..expert_offsets[e + 1]`.
-pub(super) fn chunks(expert_offsets: &[usize], tile: usize) -> Vec<Chunk> {
+pub(super) fn chunks(expert_offsets: &[usize]) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     for (expert, range) in expert_offsets.windows(2).enumerate() {
-        chunks.extend(even(range[0]..range[1], CHUNK_TILES * tile).map(|rows| Chunk { expert, rows }));
+        chunks.extend(even(range[0]..range[1], CHUNK_ROWS).map(|rows| Chunk { expert, rows }));
     }
     chunks
 }
@@ -62,6 +64,6 @@ mod tests {
     #[test]
     fn experts_without_rows_have_no_chunk() {
         let [one, two] = [Chunk { expert: 1, rows: 0..3 }, Chunk { expert: 3, rows: 3..4 }];
-        assert_eq!(chunks(&[0, 0, 3, 3, 4], 12), [one, two]);
+        assert_eq!(chunks(&[0, 0, 3, 3, 4]), [one, two]);
     }
 }

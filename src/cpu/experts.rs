@@ -1,7 +1,7 @@
 //! Stages 3 and 4: the experts' projections, and the router's, which has the same shape.
 
 use super::chunks::Chunk;
-use super::kernel::{self, Product};
+use super::kernel::Product;
 use super::panels::{Line, Panels, WIDTH};
 use super::shared::SharedSlice;
 use crate::error::Result;
@@ -40,7 +40,7 @@ pub(super) fn gate_up(
     intermediate_size: usize,
 ) {
     let intermediate = &SharedSlice::new(intermediate);
-    for_each_product(simd, weights, chunks, x, |product| {
+    for_each_product(weights, chunks, x, |product| {
         simd.dispatch(GateUp { product, activation, intermediate, intermediate_size });
     });
 }
@@ -48,21 +48,15 @@ pub(super) fn gate_up(
 /// `out[r, n] = x[r, :] . w[expert, n, :]`; `x [num_rows, K]` is packed, `out [num_rows, N]` is not.
 pub(super) fn project(simd: Arch, weights: &Panels, chunks: &[Chunk], x: &[f32], out: &mut [f32]) {
     let out = &SharedSlice::new(out);
-    for_each_product(simd, weights, chunks, x, |product| simd.dispatch(Project { product, out }));
+    for_each_product(weights, chunks, x, |product| simd.dispatch(Project { product, out }));
 }
 
 /// Every chunk of rows with every panel of its expert, in parallel. Panels vary faster, so that a thread keeps a
 /// chunk's rows in its cache.
-fn for_each_product<'a>(
-    simd: Arch,
-    weights: &'a Panels,
-    chunks: &'a [Chunk],
-    x: &'a [f32],
-    run: impl Fn(Product<'a>) + Sync,
-) {
-    let (panels, tile) = (weights.per_expert(), kernel::rows_per_tile(simd));
+fn for_each_product<'a>(weights: &'a Panels, chunks: &'a [Chunk], x: &'a [f32], run: impl Fn(Product<'a>) + Sync) {
+    let panels = weights.per_expert();
     (0..chunks.len() * panels).into_par_iter().for_each(|task| {
-        run(Product { weights, panel: task % panels, chunk: &chunks[task / panels], x, tile });
+        run(Product { weights, panel: task % panels, chunk: &chunks[task / panels], x });
     });
 }
 
@@ -104,7 +98,7 @@ impl WithSimd for GateUp<'_> {
         let GateUp { product, activation, intermediate, intermediate_size } = self;
         let first = product.panel * PAIRS;
         let width = PAIRS.min(intermediate_size - first);
-        let mut tiles = product.chunk.tiles(product.tile);
+        let mut tiles = product.chunk.tiles();
         let mut tile = 0..0;
         product.for_each_row(simd, |row, sums| {
             if row >= tile.end {
@@ -174,6 +168,8 @@ fn exp<S: Simd>(simd: S, v: S::f32s) -> S::f32s {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::chunks::{CHUNK_ROWS, TILE_ROWS, chunks};
+    use crate::cpu::permute::pack;
 
     /// Every instruction set that this processor offers.
     fn instruction_sets() -> Vec<Arch> {
@@ -192,18 +188,18 @@ mod tests {
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
         for simd in instruction_sets() {
-            let tile = kernel::rows_per_tile(simd);
             let depths = [1, 2, 31, 32, 33, 127, 128, 129, 300];
-            for (case, rows) in (1..=2 * tile).chain([10 * tile, 10 * tile + 1, 23 * tile + 5]).enumerate() {
-                let (depth, columns) = (depths[case % depths.len()], [1, 31, 32, 33, 70][case % 5]);
+            for (case, rows) in (1..=2 * TILE_ROWS).chain([CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 29]).enumerate()
+            {
+                let (depth, columns) = (depths[case % depths.len()], [1, 63, 64, 65, 140][case % 5]);
                 let w: Vec<f32> = (0..2 * columns * depth).map(|_| value()).collect();
                 let x: Vec<f32> = (0..rows * depth).map(|_| value()).collect();
                 let row = |e, n| Some(&w[(e * columns + n) * depth..][..depth]);
                 let weights = Panels::pack(WeightFormat::F32, 2, [columns, depth], row).expect("the memory is there");
                 let offsets = [0, rows / 3, rows];
-                let chunks = super::super::chunks::chunks(&offsets, tile);
+                let chunks = chunks(&offsets);
                 let (mut packed, mut out) = (vec![f32::NAN; x.len()], vec![f32::NAN; rows * columns]);
-                super::super::permute::pack(&chunks, tile, &mut packed, |r| &x[r * depth..][..depth]);
+                pack(&chunks, &mut packed, |r| &x[r * depth..][..depth]);
                 project(simd, &weights, &chunks, &packed, &mut out);
                 for (at, &got) in out.iter().enumerate() {
                     let (r, n) = (at / columns, at % columns);

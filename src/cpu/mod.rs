@@ -1,7 +1,7 @@
 //! The embedded CPU engine: the same layer on the host's cores, for machines without a GPU.
 //!
 //! One function per stage, in the order of the pass; rayon spreads each stage over the threads of the current pool.
-//! Shapes are row-major unless a type says otherwise ([`panels`], [`chunks`]).
+//! Shapes are row-major unless a type says otherwise (`panels`, `chunks`).
 //!
 //! **Bits.** Every element of every product is one chain of multiply-adds over ascending `k`, in one accumulator,
 //! whatever the number of rows beside it (`kernel`). So the same input gives the same bits, on any number of
@@ -20,6 +20,7 @@ mod roofline;
 mod router;
 mod shared;
 
+pub(crate) use roofline::dense_matmul;
 pub use roofline::{Roofline, roofline};
 
 use crate::error::{Error, Result};
@@ -112,24 +113,23 @@ impl CpuLayer {
         let [h, i, top_k] =
             [self.config.hidden_size(), self.config.intermediate_size(), self.config.top_k()].map(|n| n as usize);
         let num_rows = num_tokens * top_k;
-        let tile = kernel::rows_per_tile(self.simd);
         let packed_x = reserve(packed_x, num_rows * h)?;
         let intermediate = reserve(intermediate, num_rows * i)?;
         let expert_out = reserve(expert_out, num_rows * h)?;
         let start = Instant::now();
 
         check_finite("x", x)?;
-        let tokens = chunks::chunks(&[0, num_tokens], tile);
+        let tokens = chunks::chunks(&[0, num_tokens]);
         let packed_tokens = &mut packed_x[..num_tokens * h];
-        permute::pack(&tokens, tile, packed_tokens, |t| &x[t * h..][..h]);
+        permute::pack(&tokens, packed_tokens, |t| &x[t * h..][..h]);
         let mut router_logits = vec![0.0; num_tokens * self.config.num_experts() as usize];
         self.project(&self.router, &tokens, packed_tokens, &mut router_logits);
         let decision = router::route(&self.config, router_logits, self.router_bias.as_deref())?;
         let routed = Instant::now();
 
         let rows = permute::permute(&decision);
-        let experts = chunks::chunks(&rows.expert_offsets, tile);
-        permute::pack(&experts, tile, packed_x, |row| &x[rows.assignment_of_row[row] / top_k * h..][..h]);
+        let experts = chunks::chunks(&rows.expert_offsets);
+        permute::pack(&experts, packed_x, |row| &x[rows.assignment_of_row[row] / top_k * h..][..h]);
         let permuted = Instant::now();
 
         experts::gate_up(self.simd, self.config.activation(), &self.gate_up, &experts, packed_x, intermediate, i);

@@ -12,7 +12,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 /// Output columns in a panel.
-pub(super) const WIDTH: usize = 32;
+pub(super) const WIDTH: usize = 64;
 
 /// One value for each column of a panel. Aligned so that no vector load crosses a cache line.
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
@@ -21,7 +21,7 @@ pub(super) struct Line(pub [f32; WIDTH]);
 
 /// The same as f16.
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable, bytemuck::Pod)]
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 struct HalfLine([f16; WIDTH]);
 
 #[derive(Debug)]
@@ -126,4 +126,36 @@ fn pack<'a, L: Zeroable + Clone + Send>(
         }
     });
     Ok(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_f16_is_decoded_exactly() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let lines: Vec<HalfLine> = halves.as_chunks().0.iter().map(|&line| HalfLine(line)).collect();
+        let mut decoded = vec![Line::zeroed(); lines.len()];
+        decode(&lines, &mut decoded);
+        for (half, &got) in halves.iter().zip(bytemuck::cast_slice::<_, f32>(&decoded)) {
+            let expected = half.to_f32();
+            assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan(), "{half}: {got}");
+        }
+    }
+
+    #[test]
+    fn a_panel_holds_its_columns_side_by_side_and_then_zeros() {
+        let w: Vec<f32> = (0..2 * 65 * 3).map(|v| v as f32).collect();
+        let row = |e, n| Some(&w[(e * 65 + n) * 3..][..3]);
+        for format in [WeightFormat::F32, WeightFormat::F16] {
+            let panels = Panels::pack(format, 2, [65, 3], row).expect("the memory is there");
+            assert_eq!(panels.per_expert(), 2);
+            let mut decoded = [Line::zeroed(); 8];
+            let lines = panels.lines(1, 1, 1, &mut decoded);
+            assert_eq!(lines.len(), 2, "lines 1 and 2 of 3");
+            assert_eq!(lines[0].0[..2], [w[(65 + 64) * 3 + 1], 0.0]);
+            assert_eq!(panels.lines(0, 0, 0, &mut decoded)[2].0[..2], [w[2], w[5]]);
+        }
+    }
 }

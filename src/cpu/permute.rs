@@ -35,12 +35,12 @@ pub(super) fn permute(decision: &RoutingDecision) -> Rows {
 
 /// Packs rows tile by tile (see [`super::chunks`]). `chunks` cover all rows in order, `row_of(r)` is row r,
 /// `packed [num_rows, width of a row]`.
-pub(super) fn pack<'a>(chunks: &[Chunk], tile: usize, packed: &mut [f32], row_of: impl Fn(usize) -> &'a [f32] + Sync) {
+pub(super) fn pack<'a>(chunks: &[Chunk], packed: &mut [f32], row_of: impl Fn(usize) -> &'a [f32] + Sync) {
     let num_rows = chunks.last().map_or(0, |chunk| chunk.rows.end);
     let Some(width) = packed.len().checked_div(num_rows) else { return };
     let mut rest = packed;
     let mut pieces = Vec::with_capacity(chunks.len());
-    for rows in chunks.iter().flat_map(|chunk| chunk.tiles(tile)) {
+    for rows in chunks.iter().flat_map(|chunk| chunk.tiles()) {
         let (piece, after) = rest.split_at_mut(rows.len() * width);
         rest = after;
         pieces.push((rows, piece));
@@ -82,7 +82,7 @@ mod tests {
     fn a_tile_is_packed_with_its_rows_side_by_side() {
         let x = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]];
         let mut packed = [0.0; 9];
-        pack(&[Chunk { expert: 0, rows: 0..2 }, Chunk { expert: 1, rows: 2..3 }], 6, &mut packed, |r| &x[r]);
+        pack(&[Chunk { expert: 0, rows: 0..2 }, Chunk { expert: 1, rows: 2..3 }], &mut packed, |r| &x[r]);
         assert_eq!(packed, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0, 7.0, 8.0, 9.0]);
     }
 }

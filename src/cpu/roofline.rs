@@ -25,8 +25,8 @@ fn dense_gflops(size: usize) -> f64 {
     2.0 * (size as f64).powi(3) / seconds / 1e9
 }
 
-/// `c = a * b` by the `gemm` crate on all threads; `a [m, k]`, `b [k, n]`, `c [m, n]`. Panics on other lengths.
-pub fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
+/// `c = a * b` by the `gemm` crate on all threads; `a [m, k]`, `b [k, n]`, `c [m, n]`.
+pub(crate) fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
     assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "a, b and c are [m, k], [k, n] and [m, n]");
     let [n_stride, k_stride] = [n as isize, k as isize];
     // SAFETY: the lengths are checked above, and the strides are those of row-major matrices of these shapes;
@@ -56,7 +56,7 @@ pub fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) 
     }
 }
 
-/// The best rate of summing this many floats.
+/// The best rate of folding this many words into one.
 fn read_gbytes_per_s(len: usize) -> f64 {
     let values = vec![1u32; len];
     let simd = pulp::Arch::new();
@@ -79,4 +79,22 @@ fn best(budget: Duration, mut run: impl FnMut()) -> f64 {
         best = best.min(start.elapsed().as_secs_f64());
     }
     best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_yardstick_multiplies() {
+        let mut c = [f32::NAN; 4];
+        dense_matmul([2, 2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0, 0.0, 0.0, 1.0, 2.0, 3.0], &mut c);
+        assert_eq!(c, [7.0, 11.0, 16.0, 23.0]);
+    }
+
+    #[test]
+    fn rates_are_positive_numbers() {
+        let Roofline { gflops, gbytes_per_s } = roofline();
+        assert!(gflops.is_finite() && gflops > 0.0 && gbytes_per_s.is_finite() && gbytes_per_s > 0.0);
+    }
 }

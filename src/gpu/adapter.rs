@@ -191,7 +191,7 @@ pub(crate) async fn select(choice: &DeviceChoice) -> Result<(Option<wgpu::Adapte
     let why = match choice {
         DeviceChoice::Auto if all.len() == 1 => "the only adapter".to_owned(),
         DeviceChoice::Auto => format!("the best of {} adapters", all.len()),
-        _ => format!("asked for as {choice:?}"),
+        _ => format!("asked for as \"{choice}\""),
     };
     Ok((all.into_iter().nth(position), why))
 }

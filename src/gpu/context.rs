@@ -298,10 +298,9 @@ pub(crate) fn write_mapped(buffer: &wgpu::Buffer, content: &[u8]) -> Result<()> 
 /// Hands the bytes of a mapped buffer to `read`, then unmaps it.
 pub(crate) fn read_mapped<T>(buffer: &wgpu::Buffer, read: impl FnOnce(&[u8]) -> T) -> Result<T> {
     let result = {
-        let view = buffer.get_mapped_range(..).map_err(|e| Error::Device {
-            during: "reading a mapped buffer".to_owned(),
-            message: e.to_string(),
-        })?;
+        let view = buffer
+            .get_mapped_range(..)
+            .map_err(|e| Error::Device { during: "reading a mapped buffer".to_owned(), message: e.to_string() })?;
         read(&view)
     };
     buffer.unmap();

@@ -9,8 +9,8 @@ use crate::kernels::Stage;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
 use crate::plan::{LayerPlan, Plan};
-use std::collections::HashMap;
 use async_lock::Mutex;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
@@ -394,8 +394,7 @@ impl GpuLayer {
         let before = (self.gpu.readbacks(), self.gpu.allocations());
         let mut encoder = self.encoder();
         let dispatches = self.record_pass(&state, &mut encoder, num_tokens, None)?;
-        let commands = self.gpu.scoped("recording the pass", |_| encoder.finish()).await?;
-        self.gpu.run(commands, "the forward pass").await?;
+        submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
         state.last = self.stats(num_tokens, dispatches, before.0, before.1);
         Ok(())
@@ -412,8 +411,7 @@ impl GpuLayer {
             let mut encoder = self.encoder();
             self.record_pass(&state, &mut encoder, num_tokens, Some(&timestamps))?;
             timestamps.resolve(&mut encoder);
-            let commands = self.gpu.scoped("recording the pass", |_| encoder.finish()).await?;
-            self.gpu.run(commands, "the profiled pass").await?;
+            submit_and_wait(&self.gpu, encoder, "the profiled pass").await?;
             timestamps.read(&self.gpu).await?
         } else {
             self.profile_by_waiting(&state, num_tokens).await?
@@ -431,9 +429,8 @@ impl GpuLayer {
             let mut encoder = self.encoder();
             let step = (&pipeline.pipeline, group, dispatch.grid);
             Recorder::new(&mut encoder).pass(dispatch.kernel.label(), None, std::iter::once(step));
-            let commands = self.gpu.scoped("recording a stage", |_| encoder.finish()).await?;
             let start = std::time::Instant::now();
-            self.gpu.run(commands, "a stage").await?;
+            submit_and_wait(&self.gpu, encoder, "a stage").await?;
             times.push(start.elapsed().as_secs_f64());
         }
         Ok(times)
@@ -489,6 +486,12 @@ impl GpuLayer {
         self.gpu.submit(commands);
         Ok(())
     }
+}
+
+/// Submits what was recorded and waits for its end.
+pub(super) async fn submit_and_wait(gpu: &Gpu, encoder: wgpu::CommandEncoder, during: &'static str) -> Result<()> {
+    let commands = gpu.scoped("recording commands", |_| encoder.finish()).await?;
+    gpu.run(commands, during).await
 }
 
 fn append(all: &mut RoutingDecision, part: RoutingDecision) {

@@ -5,8 +5,10 @@
 
 pub mod adapter;
 pub mod context;
+pub(crate) mod harness;
 pub mod layer;
 pub mod pipeline;
+mod probe;
 pub mod recorder;
 pub mod weights;
 

@@ -107,4 +107,3 @@ impl Pipeline {
         gpu.scoped(&self.kernel.label, |device| device.create_bind_group(&desc)).await
     }
 }
-

@@ -72,8 +72,7 @@ pub(super) struct Timestamps {
 impl Timestamps {
     pub(super) async fn new(gpu: &Gpu, num_passes: u32) -> Result<Self> {
         let count = 2 * num_passes;
-        let desc =
-            wgpu::QuerySetDescriptor { label: Some("stage times"), ty: wgpu::QueryType::Timestamp, count };
+        let desc = wgpu::QuerySetDescriptor { label: Some("stage times"), ty: wgpu::QueryType::Timestamp, count };
         let queries = gpu.scoped("creating timestamp queries", |device| device.create_query_set(&desc)).await?;
         let bytes = u64::from(count) * 8;
         let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;

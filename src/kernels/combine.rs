@@ -13,10 +13,10 @@ pub fn kernel() -> Kernel {
         parts: vec![wgsl!("moe_params"), wgsl!("combine")],
         bindings: vec![
             bind(0, "params", Access::Uniform),
-            bind(1, "expert_out", Access::Read),        // [num_rows, hidden_size padded to 4]
+            bind(1, "expert_out", Access::Read), // [num_rows, hidden_size padded to 4]
             bind(2, "row_of_assignment", Access::Read), // [num_tokens, top_k]
-            bind(3, "topk_weights", Access::Read),      // [num_tokens, top_k]
-            bind(4, "y", Access::Write),                // [num_tokens, hidden_size]
+            bind(3, "topk_weights", Access::Read), // [num_tokens, top_k]
+            bind(4, "y", Access::Write),         // [num_tokens, hidden_size]
         ],
         overrides: vec![("WG_SIZE", WG_SIZE)],
         workgroup_size: WG_SIZE,

@@ -139,6 +139,15 @@ impl MatmulChoice {
         }
     }
 
+    /// Its sizes in a word: rows x columns of a workgroup's tile, and the lanes that share a sum.
+    pub fn sizes(self) -> String {
+        let tile = format!("{}x{}", self.tile_m(), self.tile_n());
+        match self {
+            MatmulChoice::Vec { k_lanes, .. } => format!("{tile}/{k_lanes}"),
+            _ => tile,
+        }
+    }
+
     /// The kernel of `stage`, whose own files come last; the caller adds the output binding 5.
     pub(super) fn kernel(self, stage: Stage, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
         let weights = match format {

@@ -9,6 +9,7 @@ pub mod gate_up;
 pub mod matmul;
 pub mod params;
 pub mod permute;
+pub mod probe;
 pub mod router;
 
 use crate::model::activation::Activation;
@@ -61,7 +62,7 @@ pub(crate) const fn bind(index: u32, name: &'static str, access: Access) -> Bind
     Binding { index, name, access }
 }
 
-/// The stages of the pass, in order.
+/// What a kernel computes: the stages of the pass, in order, and the probes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage {
     /// Logits, selection, weights.
@@ -74,10 +75,14 @@ pub enum Stage {
     Down,
     /// Weighted sum per token.
     Combine,
+    /// Not part of the pass: measures the rate of multiply-adds.
+    ProbeFma,
+    /// Not part of the pass: measures the rate of reads.
+    ProbeRead,
 }
 
 impl Stage {
-    /// Every stage, in the order of the pass.
+    /// Every stage of the pass, in order.
     pub const ALL: [Stage; 5] = [Stage::Router, Stage::Permute, Stage::GateUp, Stage::Down, Stage::Combine];
 
     /// The stage's name: also that of its entry point, its shader, and its files in `kernels/` and `reference/`.
@@ -88,6 +93,8 @@ impl Stage {
             Stage::GateUp => "gate_up",
             Stage::Down => "down",
             Stage::Combine => "combine",
+            Stage::ProbeFma => "probe_fma",
+            Stage::ProbeRead => "probe_read",
         }
     }
 }
@@ -166,7 +173,7 @@ impl Input {
     }
 }
 
-/// Every kernel that a plan can choose, with the default values of its overrides.
+/// Every kernel that a plan can choose, and the probes, with the default values of their overrides.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for input in [Input::Vec4, Input::Scalar] {
@@ -184,5 +191,6 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     kernels.push(combine::kernel());
+    kernels.extend([probe::fma(256), probe::read()]);
     kernels
 }

@@ -36,6 +36,7 @@ pub fn stages(config: &MoeConfig, format: WeightFormat, num_tokens: u32, sorted:
                 Stage::GateUp => (2 * a * 2 * i * h, weights(2 * i * h) + 4 * (t * h + a * i4)),
                 Stage::Down => (2 * a * h * i, weights(h * i) + 4 * (a * i4 + a * h4)),
                 Stage::Combine => (2 * a * h, 4 * (a * h4 + a + t * h)),
+                Stage::ProbeFma | Stage::ProbeRead => (0, 0), // not in Stage::ALL
             };
             StageCost { name: stage.name(), flops, bytes }
         })

@@ -27,7 +27,8 @@ impl MatmulRequest {
         if variant == Some(MatmulVariant::Subgroup) && device.subgroup_size.is_none() {
             return Err(Error::Unsupported {
                 what: "the subgroup variant".to_owned(),
-                by: "on this device (it needs subgroup operations and one fixed subgroup size of at least 4)".to_owned(),
+                by: "on this device (it needs subgroup operations and one fixed subgroup size of at least 4)"
+                    .to_owned(),
                 hint: "use the tiled or vec variant".to_owned(),
             });
         }
@@ -36,12 +37,7 @@ impl MatmulRequest {
 }
 
 /// The table. Rows per expert decide, not tokens; the kind of device decides how tiles are fed.
-pub fn choose(
-    config: &MoeConfig,
-    num_tokens: u32,
-    device: &DeviceProfile,
-    request: &MatmulRequest,
-) -> MatmulChoice {
+pub fn choose(config: &MoeConfig, num_tokens: u32, device: &DeviceProfile, request: &MatmulRequest) -> MatmulChoice {
     if let Some(choice) = request.choice {
         return choice;
     }

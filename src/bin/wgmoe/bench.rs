@@ -1,20 +1,21 @@
 //! `wgmoe bench`: how fast the layer is here, after checking that it is right.
 
 use crate::output::{Output, Status};
-use crate::{Matmul, Verdict, bench_table, open, unusable};
+use crate::{Limits, Matmul, Verdict, bench_table, open, unusable};
 use anyhow::Context as _;
 use clap::builder::PossibleValuesParser;
 use std::time::Duration;
+use wgmoe::bench::measure::describe;
 use wgmoe::bench::presets::{self, DEFAULT_TOKENS, Preset};
 use wgmoe::bench::results::{DeviceResult, Failure, Results, RooflineResult, SCHEMA};
-use wgmoe::bench::{Bench, Outcome, Progress, Workload, memory};
-use wgmoe::{DeviceChoice, WeightFormat};
+use wgmoe::bench::{Bench, Outcome, Progress, Row, Workload, memory};
+use wgmoe::{DeviceChoice, MoeConfig, WeightFormat};
 
 /// Time for the runs of one row.
 const SLICE: Duration = Duration::from_secs(2);
 
 const EXAMPLES: &str = "\
-Without options it times layers that suit the device, in less than a minute. Every row is checked against the f64
+Without options it times layers that suit the device, in less than a minute. Every row is checked against the f64 \
 reference before it is timed; a wrong one is not reported, and the exit code is 1.
 
 Examples:
@@ -72,7 +73,7 @@ struct Job {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     check(args)?;
-    let context = open(&device, output)?;
+    let context = open(&device, Limits::All, output)?;
     let jobs = jobs(args, &context)?;
 
     let status = Status::new();
@@ -99,8 +100,11 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         failures: Vec::new(),
     };
     for job in &jobs {
-        let (rows, failures) = run_job(job, &bench, args, &status)?;
-        status.suspend(|| output.line(&bench_table::layer(&job.title(weights, args.skew), &rows, &failures)));
+        let config = job.preset.config().map_err(|error| unusable(error.to_string()))?;
+        let title = job.title(&config, args);
+        let (rows, failures) =
+            run_job(job, config, &bench, args, &status).with_context(|| format!("cannot make the layer: {title}"))?;
+        status.suspend(|| output.line(&bench_table::layer(&title, &rows, &failures)));
         results.rows.extend(rows);
         results.failures.extend(failures);
     }
@@ -141,15 +145,10 @@ impl Args {
 }
 
 impl Job {
-    fn title(&self, weights: WeightFormat, skew: f64) -> String {
-        let Preset { hidden_size, intermediate_size, num_experts, top_k, .. } = self.preset;
+    /// Name and sizes in one line.
+    fn title(&self, config: &MoeConfig, args: &Args) -> String {
         let name = self.name.as_ref().map(|name| format!("{name}: ")).unwrap_or_default();
-        let skew = if skew > 0.0 { format!(", skew {skew}") } else { String::new() };
-        let weights = weights.name();
-        format!(
-            "{name}hidden {hidden_size}, intermediate {intermediate_size}, {num_experts} experts, top-{top_k}, \
-             {weights} weights{skew}"
-        )
+        format!("{name}{}", describe(config, args.weights, args.skew))
     }
 }
 
@@ -184,17 +183,17 @@ fn jobs(args: &Args, context: &wgmoe::Context) -> anyhow::Result<Vec<Job>> {
     Ok(jobs)
 }
 
+/// Makes the layer and measures it at every batch size.
 fn run_job(
     job: &Job,
+    config: MoeConfig,
     bench: &Bench<'_>,
     args: &Args,
     status: &Status,
-) -> anyhow::Result<(Vec<wgmoe::bench::Row>, Vec<Failure>)> {
+) -> wgmoe::Result<(Vec<Row>, Vec<Failure>)> {
     status.lively();
     status.set(format!("{}: making weights", job.preset.name));
-    let config = job.preset.config().map_err(|error| unusable(error.to_string()))?;
-    let workload = Workload::new(config, args.skew, args.seed)
-        .with_context(|| format!("cannot make the layer: {}", job.title(args.weights, args.skew)))?;
+    let workload = Workload::new(config, args.skew, args.seed)?;
     let mut show = |progress| match progress {
         Progress::Loading => status.set("loading weights"),
         Progress::Verifying(tokens) => {

@@ -1,6 +1,6 @@
 //! What `wgmoe bench` prints.
 
-use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
 use wgmoe::Roofline;
 use wgmoe::bench::results::{Failure, Row, StageResult};
 
@@ -8,6 +8,7 @@ use wgmoe::bench::results::{Failure, Row, StageResult};
 pub fn plain_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_preset(UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -64,11 +65,11 @@ fn batches(rows: &[Row]) -> Table {
 fn stages(rows: &[Row]) -> String {
     let timed = |row: &&Row| row.stages.iter().any(|stage| stage.median_s.is_some());
     let rows: Vec<&Row> = rows.iter().filter(timed).collect();
-    let Some(first) = rows.first() else {
+    // Small batches skip stages: the order is that of a row that has most.
+    let Some(longest) = rows.iter().max_by_key(|row| row.stages.len()) else {
         return "this device cannot time single stages".to_owned();
     };
-    // A small batch may run fewer, fused stages: the union, in the order of appearance.
-    let mut names: Vec<&str> = first.stages.iter().map(|stage| stage.name.as_str()).collect();
+    let mut names: Vec<&str> = longest.stages.iter().map(|stage| stage.name.as_str()).collect();
     for stage in rows.iter().flat_map(|row| &row.stages) {
         if !names.contains(&stage.name.as_str()) {
             names.push(&stage.name);
@@ -90,9 +91,10 @@ fn stages(rows: &[Row]) -> String {
 fn stage_cell(stage: &StageResult, whole: f64) -> Option<String> {
     let time = stage.median_s?;
     let mut cell = format!("{}  {:>4}", seconds(time), percent(if whole > 0.0 { time / whole } else { 0.0 }));
-    // Only matmuls have a speed worth reading.
-    if stage.flops > 0 && time > 0.0 {
-        cell.push_str(&format!("\n{} GFLOP/s", number(stage.flops as f64 / time / 1e9)));
+    // The rate of whatever there is more of: decoding is about bytes, prefill about arithmetic.
+    if time > 0.0 {
+        let (amount, unit) = if stage.flops > stage.bytes { (stage.flops, "GFLOP/s") } else { (stage.bytes, "GB/s") };
+        cell.push_str(&format!("\n{} {unit}", number(amount as f64 / time / 1e9)));
     }
     Some(cell)
 }

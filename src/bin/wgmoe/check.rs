@@ -2,7 +2,7 @@
 
 use crate::bench_table::plain_table;
 use crate::output::{Output, Status};
-use crate::{Matmul, Verdict, must_exist, open, unusable};
+use crate::{Limits, Matmul, Verdict, must_exist, open, unusable};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use wgmoe::golden::{self, GoldenCase};
@@ -13,9 +13,11 @@ const TOLERANCE: f64 = 1e-5;
 
 const EXAMPLES: &str = "\
 Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
-With paths, each golden case (a safetensors file with a layer, its input and the output that another implementation
+
+With paths, each golden case (a safetensors file with a layer, its input and the output that another implementation \
 computed) is run and compared: output within 1e-5, selected experts and their weights.
-Exit code 0 only if at least one case ran, nothing failed and nothing was unsupported; 1 otherwise; 2 if a path does
+
+Exit code 0 only if at least one case ran, nothing failed and nothing was unsupported; 1 otherwise; 2 if a path does \
 not exist or an argument cannot be used.
 
 Examples:
@@ -72,7 +74,7 @@ struct Report {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     let files = files(&args.paths)?;
-    let context = open(&device, output)?;
+    let context = open(&device, Limits::Default, output)?;
     let cases = if args.paths.is_empty() {
         check_kernels(&context, output)?
     } else {
@@ -102,7 +104,7 @@ fn files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
         let entries = std::fs::read_dir(path).map_err(|error| unusable(format!("{}: {error}", path.display())))?;
         let mut inside: Vec<PathBuf> = entries
             .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-            .filter(|file| file.extension().is_some_and(|extension| extension == "safetensors"))
+            .filter(|file| file.extension().is_some_and(|extension| extension == "safetensors") && !file.is_dir())
             .collect();
         inside.sort();
         files.extend(inside);
@@ -162,7 +164,7 @@ fn check_file(file: &Path, args: &Args, context: &Context, output: &mut Output) 
 }
 
 fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgmoe::Result<()> {
-    let mut golden = GoldenCase::read(file)?;
+    let mut golden = GoldenCase::read(file, None)?;
     case.family = Some(golden.family.clone());
     let options = LayerOptions { weights: args.weights, matmul: args.matmul.0, ..Default::default() };
     let layer = MoeLayer::with_options(context, golden.config.clone(), &golden.weights, &options)?;

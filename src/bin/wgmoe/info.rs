@@ -22,7 +22,7 @@ struct Adapter {
     #[serde(flatten)]
     device: DeviceInfo,
     limits: serde_json::Map<String, serde_json::Value>,
-    features: Vec<String>,
+    features: Vec<&'static str>,
     subgroup: Option<(u32, u32)>,
     matmul: Vec<Variant>,
 }

@@ -39,11 +39,11 @@ Examples:
 #[command(version, about, after_help = EXIT_CODES)]
 struct Cli {
     /// Device: auto, cpu (the embedded engine), an index of `wgmoe info`, or a part of an adapter's or driver's name
-    #[arg(long, global = true, value_name = "DEVICE")]
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "DEVICE")]
     device: Option<String>,
 
     /// Also write the results as JSON to this file; with - to standard output, and all else to standard error
-    #[arg(long, global = true, value_name = "FILE|-")]
+    #[arg(long, global = true, help_heading = "Everywhere", value_name = "FILE|-")]
     json: Option<PathBuf>,
 
     #[command(subcommand)]
@@ -116,9 +116,21 @@ fn device_choice(option: Option<&str>) -> anyhow::Result<DeviceChoice> {
     wanted.parse().map_err(|error| unusable(format!("--device {wanted}: {error}")))
 }
 
+/// What to ask of the device.
+#[derive(Clone, Copy, Debug)]
+enum Limits {
+    /// What WebGPU guarantees everywhere: what is right with these is right on any device.
+    Default,
+    /// All that there is: for speed and for large layers.
+    All,
+}
+
 /// Opens the device and says which one and why.
-fn open(choice: &DeviceChoice, output: &mut Output) -> anyhow::Result<Context> {
-    let context = Context::new(choice)?;
+fn open(choice: &DeviceChoice, limits: Limits, output: &mut Output) -> anyhow::Result<Context> {
+    let context = match limits {
+        Limits::Default => Context::new(choice)?,
+        Limits::All => Context::with_all_limits(choice)?,
+    };
     let device = context.device();
     let detail: Vec<&str> =
         [&device.backend, &device.driver].into_iter().map(String::as_str).filter(|s| !s.is_empty()).collect();

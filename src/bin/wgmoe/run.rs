@@ -2,20 +2,20 @@
 
 use crate::bench_table::{number, seconds};
 use crate::output::Output;
-use crate::{Verdict, must_be_writable, must_exist, open, unusable};
+use crate::{Limits, Verdict, must_be_writable, must_exist, open, unusable};
 use anyhow::Context as _;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use wgmoe::bench::results::temporary_name;
-use wgmoe::checkpoint::{Checkpoint, Family, read_tensor, write_tensor};
-use wgmoe::{DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat};
+use wgmoe::model::checkpoint::{read_tensor, write_tensor};
+use wgmoe::{Checkpoint, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
 
 const EXAMPLES: &str = "\
-FILE is a safetensors file, a model.safetensors.index.json or the folder of a checkpoint. The output has the shape of
+FILE is a safetensors file, a model.safetensors.index.json or the folder of a checkpoint. The output has the shape of \
 the input and is written as tensor \"output\", f32.
 
 Examples:
@@ -71,13 +71,13 @@ struct Report {
 }
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
-    let (input, tensor) = split_input(&args.input)?;
     must_exist("FILE", &args.file)?;
+    let (input, tensor) = split_input(&args.input)?;
     must_be_writable("--output", &args.output)?;
     if let Some(family) = &args.family {
         must_exist("--family", family)?;
     }
-    let context = open(&device, output)?;
+    let context = open(&device, Limits::All, output)?;
 
     let started = Instant::now();
     let family = args.family.as_deref().map(Family::from_file).transpose()?;
@@ -194,7 +194,7 @@ fn load_line(tokens_per_expert: &[u32]) -> String {
     let most: Vec<String> =
         busiest.iter().take(5).filter(|(_, n)| *n > 0).map(|(e, n)| format!("expert {e}: {n}")).collect();
     let most = if most.is_empty() { String::new() } else { format!("; most: {}", most.join(", ")) };
-    format!("load:   {} tokens for each expert on average, {idle} experts idle{most}", number(mean))
+    format!("load:   {} tokens for each expert on average, idle experts: {idle}{most}", number(mean))
 }
 
 #[cfg(test)]
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn the_load_names_the_busiest_and_counts_the_idle() {
         let line = load_line(&[0, 5, 2, 5]);
-        assert!(line.contains("1 experts idle") && line.contains("expert 1: 5, expert 3: 5, expert 2: 2"), "{line}");
+        assert!(line.contains("idle experts: 1") && line.contains("expert 1: 5, expert 3: 5, expert 2: 2"), "{line}");
         assert!(!load_line(&[0, 0]).contains("most"));
     }
 

@@ -13,12 +13,12 @@ use std::path::PathBuf;
 use wgmoe::kernels::{self, Kernel};
 
 const EXAMPLES: &str = "\
-wgsl is the assembled source as it goes to wgpu; the others are what naga makes of it for a backend, with the kernel's
+wgsl is the assembled source as it goes to wgpu; the others are what naga makes of it for a backend, with the kernel's \
 default overrides. SPIR-V is binary: give --output, or send it to a program.
 
 Examples:
   wgmoe shader                                       the names of all kernels
-  wgmoe shader combine --to wgsl
+  wgmoe shader combine --to msl
   wgmoe shader combine --to spirv --output combine.spv
   wgmoe shader combine --to spirv | spirv-dis";
 
@@ -68,7 +68,7 @@ impl Code {
 
 pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
     let Some(name) = args.name.as_deref().filter(|_| !args.list) else {
-        let labels: Vec<String> = kernels::all().iter().map(|kernel| kernel.label()).collect();
+        let labels: Vec<String> = kernels::all().into_iter().map(|kernel| kernel.label).collect();
         output.line(&labels.join("\n"));
         output.json(&serde_json::json!({ "kernels": labels }))?;
         return Ok(Verdict::Right);
@@ -79,9 +79,8 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
     } else if args.to == Target::Spirv && !output.wants_json() && std::io::stdout().is_terminal() {
         return Err(unusable("SPIR-V is binary and would garble the terminal; give --output FILE or a pipe"));
     }
-    let label = kernel.label();
-    let code =
-        translate(&kernel.wgsl(), kernel.overrides(), args.to).with_context(|| format!("cannot translate {label}"))?;
+    let label = kernel.label().to_owned();
+    let code = translate(&kernel, args.to).with_context(|| format!("cannot translate {label}"))?;
     if output.wants_json() {
         output.json(&serde_json::json!({ "kernel": label, "to": args.to, "code": code }))?;
     }
@@ -97,37 +96,30 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
     Ok(Verdict::Right)
 }
 
-/// The kernel of that label; or of that name, if it has but one variant.
-fn find(name: &str) -> anyhow::Result<&'static Kernel> {
-    let all = kernels::all();
-    if let Some(kernel) = all.iter().find(|kernel| kernel.label() == name) {
-        return Ok(kernel);
+/// The kernel of that label; or of that stage, if it has but one variant.
+fn find(name: &str) -> anyhow::Result<Kernel> {
+    let mut all = kernels::all();
+    if let Some(at) = all.iter().position(|kernel| kernel.label == name) {
+        return Ok(all.swap_remove(at));
     }
-    let same_name: Vec<&Kernel> = all.iter().filter(|kernel| kernel.name == name).collect();
-    let list = |kernels: &mut dyn Iterator<Item = &Kernel>| {
-        kernels.map(|kernel| kernel.label()).collect::<Vec<_>>().join(", ")
-    };
-    match same_name[..] {
-        [kernel] => Ok(kernel),
-        [] => Err(unusable(format!("no kernel {name:?}; there are: {}", list(&mut all.iter())))),
-        _ => Err(unusable(format!("{name:?} has several variants: {}", list(&mut same_name.into_iter())))),
+    let labels = |all: &[Kernel]| all.iter().map(|kernel| kernel.label()).collect::<Vec<_>>().join(", ");
+    let mut same: Vec<Kernel> = all.iter().filter(|kernel| kernel.stage.name() == name).cloned().collect();
+    match same.len() {
+        1 => Ok(same.swap_remove(0)),
+        0 => Err(unusable(format!("no kernel {name:?}; there are: {}", labels(&all)))),
+        _ => Err(unusable(format!("{name:?} has several variants: {}", labels(&same)))),
     }
 }
 
-fn translate(wgsl: &str, overrides: impl IntoIterator<Item = (&'static str, f64)>, to: Target) -> anyhow::Result<Code> {
-    let module = naga::front::wgsl::parse_str(wgsl).map_err(|error| anyhow!("{}", error.emit_to_string(wgsl)))?;
-    // What an adapter with everything would accept: an adapter's own limits are its driver's business.
-    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
-        .subgroup_stages(ShaderStages::COMPUTE)
-        .subgroup_operations(SubgroupOperationSet::all())
-        .validate(&module)
-        .map_err(|error| anyhow!("{}", error.emit_to_string(wgsl)))?;
+fn translate(kernel: &Kernel, to: Target) -> anyhow::Result<Code> {
+    let wgsl = kernel.wgsl();
+    let (module, info) = parse(&wgsl)?;
     if to == Target::Wgsl {
-        return Ok(Code::Text(wgsl.to_owned()));
+        return Ok(Code::Text(wgsl));
     }
     let entry = module.entry_points.first().context("the source has no entry point")?.name.clone();
     let mut constants = PipelineConstants::default();
-    constants.extend(overrides.into_iter().map(|(name, value)| (name.to_owned(), value)));
+    constants.extend(kernel.overrides.iter().map(|&(name, value)| (name.to_owned(), f64::from(value))));
     let (module, info) = process_overrides(&module, &info, Some((ShaderStage::Compute, &entry)), &constants)?;
     match to {
         Target::Spirv => Ok(Code::Words(spirv(&module, &info, entry)?)),
@@ -137,6 +129,17 @@ fn translate(wgsl: &str, overrides: impl IntoIterator<Item = (&'static str, f64)
         }
         Target::Hlsl | Target::Wgsl => Ok(Code::Text(hlsl(&module, &info)?)),
     }
+}
+
+/// Parses and validates as for an adapter with everything: a real adapter's limits are its driver's business.
+fn parse(wgsl: &str) -> anyhow::Result<(Module, ModuleInfo)> {
+    let module = naga::front::wgsl::parse_str(wgsl).map_err(|error| anyhow!("{}", error.emit_to_string(wgsl)))?;
+    let info = Validator::new(ValidationFlags::all(), Capabilities::all())
+        .subgroup_stages(ShaderStages::COMPUTE)
+        .subgroup_operations(SubgroupOperationSet::all())
+        .validate(&module)
+        .map_err(|error| anyhow!("{}", error.emit_to_string(wgsl)))?;
+    Ok((module, info))
 }
 
 fn spirv(module: &Module, info: &ModuleInfo, entry_point: String) -> anyhow::Result<Vec<u32>> {
@@ -164,7 +167,7 @@ mod tests {
         assert!(!kernels::all().is_empty());
         for kernel in kernels::all() {
             for to in [Target::Wgsl, Target::Spirv, Target::Msl, Target::Hlsl] {
-                let code = translate(&kernel.wgsl(), kernel.overrides(), to);
+                let code = translate(&kernel, to);
                 let bytes = code.unwrap_or_else(|error| panic!("{} to {to:?}: {error:?}", kernel.label())).into_bytes();
                 assert!(!bytes.is_empty());
             }
@@ -173,7 +176,7 @@ mod tests {
 
     #[test]
     fn broken_wgsl_is_an_error_that_shows_the_place() {
-        let error = translate("fn f() { let x = y; }", [], Target::Msl).err().expect("y is unknown").to_string();
+        let error = parse("fn f() { let x = y; }").err().expect("y is unknown").to_string();
         assert!(error.contains('y') && error.contains("let x"), "{error}");
     }
 }

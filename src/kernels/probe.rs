@@ -1,0 +1,37 @@
+//! Kernels outside of the pass that measure what the device can do at best. See `shaders/probe_*.wgsl`.
+
+use super::{Access, Kernel, Stage, bind, wgsl};
+
+/// Lanes of one workgroup.
+pub const WG_SIZE: u32 = 64;
+/// FLOPs of one round of `probe_fma`'s loop: 8 steps of 8 chains of 4 multiply-adds.
+pub const FMA_ROUND_FLOPS: u64 = 8 * 8 * 4 * 2;
+
+/// `loops` rounds of multiply-adds in each invocation.
+pub fn fma(loops: u32) -> Kernel {
+    Kernel {
+        stage: Stage::ProbeFma,
+        label: "probe_fma".to_owned(),
+        parts: vec![wgsl!("probe_fma")],
+        bindings: vec![bind(0, "out", Access::Write)], // [workgroups * WG_SIZE] vec4
+        overrides: vec![("WG_SIZE", WG_SIZE), ("LOOPS", loops)],
+        workgroup_size: WG_SIZE,
+        needs_subgroups: false,
+    }
+}
+
+/// Reads a buffer once.
+pub fn read() -> Kernel {
+    Kernel {
+        stage: Stage::ProbeRead,
+        label: "probe_read".to_owned(),
+        parts: vec![wgsl!("probe_read")],
+        bindings: vec![
+            bind(0, "out", Access::Write), // [workgroups * WG_SIZE] vec4
+            bind(1, "data", Access::Read), // any multiple of 8 * workgroups * WG_SIZE vec4
+        ],
+        overrides: vec![("WG_SIZE", WG_SIZE)],
+        workgroup_size: WG_SIZE,
+        needs_subgroups: false,
+    }
+}
