@@ -1,9 +1,9 @@
 // probe_read: reads a large buffer once: the bandwidth ceiling that bench measures against.
 //
-//     out[i] = sum of every vec4 of data whose index is i modulo the number of invocations
+//     out[i] = sum of every vec4 of data that invocation i reads
 //
 // CPU twin   none: only its time is used
-// Mapping    neighbouring invocations read neighbouring vec4s, eight loads in flight each
+// Mapping    each workgroup reads a block of neighbouring vec4s, eight loads in flight in each invocation
 // Grid       [workgroups]
 // Requires   the length of data a multiple of 8 * workgroups * WG_SIZE vec4s
 // Numerics   not looked at
@@ -20,11 +20,12 @@ fn probe_read(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = group.x * WG_SIZE + lane;
-    let n = groups.x * WG_SIZE;
+    let block = arrayLength(&data) / groups.x;
+    let first = group.x * block + lane;
     var sum = vec4<f32>(0.0);
-    for (var i = index; i < arrayLength(&data); i += 8u * n) {
-        sum += ((data[i] + data[i + n]) + (data[i + 2u * n] + data[i + 3u * n]))
-            + ((data[i + 4u * n] + data[i + 5u * n]) + (data[i + 6u * n] + data[i + 7u * n]));
+    for (var i = first; i < first + block; i += 8u * WG_SIZE) {
+        sum += ((data[i] + data[i + WG_SIZE]) + (data[i + 2u * WG_SIZE] + data[i + 3u * WG_SIZE]))
+            + ((data[i + 4u * WG_SIZE] + data[i + 5u * WG_SIZE]) + (data[i + 6u * WG_SIZE] + data[i + 7u * WG_SIZE]));
     }
     out[index] = sum;
 }

@@ -361,11 +361,12 @@ impl<'a> Case<'a> {
 fn choices(device: &DeviceProfile, tokens: u32) -> Vec<MatmulChoice> {
     let mut choices: Vec<_> = [16, 32, 64].map(|tile_m| MatmulChoice::Tiled { tile_m, tile_n: 64 }).into();
     choices.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
-    for (workgroup_size, k_lanes) in [(64, 16), (8, 1)] {
-        choices.push(MatmulChoice::Vec { workgroup_size, k_lanes, sorted: true });
-        if tokens <= crate::plan::variant::FEW_TOKENS {
-            choices.push(MatmulChoice::Vec { workgroup_size, k_lanes, sorted: false });
+    let few = tokens <= crate::plan::variant::FEW_TOKENS;
+    for sorted in [true, false].into_iter().filter(|&sorted| sorted || few) {
+        for (workgroup_size, k_lanes) in [(64, 16), (8, 1)] {
+            choices.push(MatmulChoice::Vec { workgroup_size, k_lanes, sorted });
         }
+        choices.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::VecSubgroup { subgroup_size, sorted }));
     }
     choices
 }

@@ -75,6 +75,13 @@ pub enum MatmulChoice {
         /// Tiles come from permute; if not, rows are assignments and each workgroup looks for its own tile.
         sorted: bool,
     },
+    /// 4 rows by `4 * subgroup_size` packed columns, inputs broadcast in the subgroup.
+    VecSubgroup {
+        /// The adapter's one and only subgroup size, at least 4.
+        subgroup_size: u32,
+        /// As for `Vec`.
+        sorted: bool,
+    },
 }
 
 impl MatmulChoice {
@@ -86,6 +93,8 @@ impl MatmulChoice {
             MatmulChoice::Subgroup { subgroup_size: 8 },
             MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: true },
             MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: false },
+            MatmulChoice::VecSubgroup { subgroup_size: 8, sorted: true },
+            MatmulChoice::VecSubgroup { subgroup_size: 8, sorted: false },
         ]
     }
 
@@ -94,7 +103,7 @@ impl MatmulChoice {
         match self {
             MatmulChoice::Tiled { .. } => MatmulVariant::Tiled,
             MatmulChoice::Subgroup { .. } => MatmulVariant::Subgroup,
-            MatmulChoice::Vec { .. } => MatmulVariant::Vec,
+            MatmulChoice::Vec { .. } | MatmulChoice::VecSubgroup { .. } => MatmulVariant::Vec,
         }
     }
 
@@ -103,7 +112,7 @@ impl MatmulChoice {
         match self {
             MatmulChoice::Tiled { tile_m, .. } => tile_m,
             MatmulChoice::Subgroup { .. } => SUBGROUP_ROWS,
-            MatmulChoice::Vec { .. } => VEC_ROWS,
+            MatmulChoice::Vec { .. } | MatmulChoice::VecSubgroup { .. } => VEC_ROWS,
         }
     }
 
@@ -111,20 +120,27 @@ impl MatmulChoice {
     pub fn tile_n(self) -> u32 {
         match self {
             MatmulChoice::Tiled { tile_n, .. } => tile_n,
-            MatmulChoice::Subgroup { subgroup_size } => LANE_COLUMNS * subgroup_size,
+            MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => {
+                LANE_COLUMNS * subgroup_size
+            }
             MatmulChoice::Vec { workgroup_size, k_lanes, .. } => LANE_COLUMNS * workgroup_size / k_lanes,
         }
     }
 
     /// Whether rows are sorted by expert, which takes a permute.
     pub fn sorted(self) -> bool {
-        !matches!(self, MatmulChoice::Vec { sorted: false, .. })
+        !matches!(self, MatmulChoice::Vec { sorted: false, .. } | MatmulChoice::VecSubgroup { sorted: false, .. })
+    }
+
+    /// Whether it uses subgroup operations.
+    pub fn needs_subgroups(self) -> bool {
+        matches!(self, MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. })
     }
 
     fn workgroup_size(self) -> u32 {
         match self {
             MatmulChoice::Tiled { tile_m, tile_n } => tile_m * tile_n / 16,
-            MatmulChoice::Subgroup { subgroup_size } => subgroup_size,
+            MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => subgroup_size,
             MatmulChoice::Vec { workgroup_size, .. } => workgroup_size,
         }
     }
@@ -136,6 +152,8 @@ impl MatmulChoice {
             MatmulChoice::Subgroup { subgroup_size } => format!("subgroup{}", subgroup_size.min(8)),
             MatmulChoice::Vec { sorted: true, .. } => "vec".to_owned(),
             MatmulChoice::Vec { sorted: false, .. } => "vec_unsorted".to_owned(),
+            MatmulChoice::VecSubgroup { sorted: true, .. } => "vec_subgroup".to_owned(),
+            MatmulChoice::VecSubgroup { sorted: false, .. } => "vec_subgroup_unsorted".to_owned(),
         }
     }
 
@@ -163,6 +181,7 @@ impl MatmulChoice {
                 parts.push(wgsl!("matmul_subgroup"));
             }
             MatmulChoice::Vec { .. } => parts.extend([wgsl!("reduce"), wgsl!("matmul_vec")]),
+            MatmulChoice::VecSubgroup { .. } => parts.push(wgsl!("matmul_vec_subgroup")),
         }
         parts.extend(own);
 
@@ -183,7 +202,7 @@ impl MatmulChoice {
         let mut overrides = vec![("WG_SIZE", self.workgroup_size())];
         match self {
             MatmulChoice::Tiled { tile_m, tile_n } => overrides.extend([("TILE_M", tile_m), ("TILE_N", tile_n)]),
-            MatmulChoice::Subgroup { .. } => {}
+            MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. } => {}
             MatmulChoice::Vec { k_lanes, .. } => overrides.push(("K_LANES", k_lanes)),
         }
         Kernel {
@@ -193,7 +212,7 @@ impl MatmulChoice {
             bindings,
             overrides,
             workgroup_size: self.workgroup_size(),
-            needs_subgroups: self.variant() == MatmulVariant::Subgroup,
+            needs_subgroups: self.needs_subgroups(),
         }
     }
 }

@@ -23,8 +23,11 @@ pub struct MatmulRequest {
 impl MatmulRequest {
     /// The device can run what is asked for.
     pub fn check(&self, device: &DeviceProfile) -> Result<()> {
-        let variant = self.choice.map(MatmulChoice::variant).or(self.variant);
-        if variant == Some(MatmulVariant::Subgroup) && device.subgroup_size.is_none() {
+        let needs_subgroups = match self.choice {
+            Some(choice) => choice.needs_subgroups(),
+            None => self.variant == Some(MatmulVariant::Subgroup),
+        };
+        if needs_subgroups && device.subgroup_size.is_none() {
             return Err(Error::Unsupported {
                 what: "the subgroup variant".to_owned(),
                 by: "on this device (it needs subgroup operations and one fixed subgroup size of at least 4)"
@@ -62,10 +65,10 @@ pub fn choose(config: &MoeConfig, num_tokens: u32, device: &DeviceProfile, reque
 
 fn vec(num_tokens: u32, device: &DeviceProfile) -> MatmulChoice {
     let sorted = num_tokens > FEW_TOKENS;
-    if device.software {
-        // Loads are scalar and barriers expensive: no sharing of sums, just enough lanes to fill the vector unit.
-        MatmulChoice::Vec { workgroup_size: device.subgroup_size.unwrap_or(8), k_lanes: 1, sorted }
-    } else {
-        MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted }
+    match (device.software, device.subgroup_size) {
+        (true, Some(subgroup_size)) => MatmulChoice::VecSubgroup { subgroup_size, sorted },
+        // Barriers are expensive in software: no sharing of sums, just enough lanes to fill a vector unit.
+        (true, None) => MatmulChoice::Vec { workgroup_size: 8, k_lanes: 1, sorted },
+        (false, _) => MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted },
     }
 }

@@ -1,0 +1,66 @@
+// matmul_vec_subgroup: the grouped matmul for up to 4 rows per tile, its inputs loaded once per subgroup and broadcast.
+// For adapters where a load costs much more than a broadcast: small subgroups and software drivers. No entry point.
+//
+// The idea
+//     workgroup = one subgroup = up to 4 rows x (4 * subgroup size) packed columns of one expert
+//     lane l loads the inputs of row l % 4, or, for a tile of one row, every fourth vec4 of it; what it loaded is
+//     broadcast to all lanes, which multiply it by the weights of their own 4 columns
+// Departures from it
+//     1. Sums are structs and functions, not arrays and loops: Mesa keeps an array in memory (4 times slower).
+//     2. A tile of one row has a loop of its own. Every row goes through the same operations in both.
+//     3. The lane comes from subgroupExclusiveAdd, which numbers lanes on every adapter.
+
+override WG_SIZE: u32 = 8; // the adapter's subgroup size, at least 4
+
+// Sums of four rows; each vec4 is the lane's four columns.
+struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
+
+fn grouped_matmul(group: u32, invocation: u32) {
+    let slot = group / params.num_column_tiles;
+    if slot >= params.num_tile_slots { return; }
+    let tile = find_tile(slot);
+    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let lane = subgroupExclusiveAdd(1u);
+    let column = ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
+    // Lanes past the last column compute it again and store nothing: broadcasts need every lane.
+    let weight_row = (tile.expert - params.first_expert) * params.num_columns
+        + min(column, params.num_columns - LANE_COLUMNS);
+
+    var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
+    if tile.num_rows == 1u {
+        sums.r0 = one_row(input_row(tile_row(tile, 0u)), weight_row, lane % 4u);
+    } else {
+        let row = input_row(tile_row(tile, lane % 4u));
+        for (var k = 0u; k < params.k4; k++) {
+            let w = load_weights4x4(weight_row, k);
+            let x = load_input4(row, params.x_stride, k);
+            sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
+            sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
+            sums.r2 = step(sums.r2, subgroupBroadcast(x, 2u), w);
+            sums.r3 = step(sums.r3, subgroupBroadcast(x, 3u), w);
+        }
+    }
+    if column >= params.num_columns { return; }
+    let out = params.first_column + column;
+    store_sums(tile_row(tile, 0u), out, sums.r0);
+    if tile.num_rows > 1u { store_sums(tile_row(tile, 1u), out, sums.r1); }
+    if tile.num_rows > 2u { store_sums(tile_row(tile, 2u), out, sums.r2); }
+    if tile.num_rows > 3u { store_sums(tile_row(tile, 3u), out, sums.r3); }
+}
+
+// The sums of a tile of one row: four vec4 of its inputs for each load.
+fn one_row(row: u32, weight_row: u32, quarter: u32) -> vec4<f32> {
+    var sums = vec4<f32>(0.0);
+    let whole = params.k4 / 4u * 4u;
+    for (var k = 0u; k < whole; k += 4u) {
+        let x = load_input4(row, params.x_stride, k + quarter);
+        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(weight_row, k));
+        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(weight_row, k + 1u));
+        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(weight_row, k + 2u));
+        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(weight_row, k + 3u));
+    }
+    for (var k = whole; k < params.k4; k++) {
+        sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(weight_row, k));
+    }
+    return sums;
+}
