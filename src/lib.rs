@@ -43,7 +43,7 @@
 //!
 //! | for | read |
 //! | --- | --- |
-//! | what a layer computes, exactly | [`reference`] |
+//! | what a layer computes, exactly | [`mod@reference`] |
 //! | using a layer | [`MoeLayer`], [`LayerOptions`], [`Context`] |
 //! | what a pass will do, without a GPU | [`plan`] |
 //! | the kernels | [`kernels`], and `shaders/` in the repository |

@@ -13,7 +13,8 @@ const WEIGHTS: WeightFormat = WeightFormat::F16;
 
 /// The device that `WGMOE_ADAPTER` means (by default the best one), and the embedded CPU engine.
 pub fn contexts() -> Vec<(&'static str, Context)> {
-    let chosen = Context::with_all_limits(&DeviceChoice::from_env()).expect("the device that WGMOE_ADAPTER means opens");
+    let chosen =
+        Context::with_all_limits(&DeviceChoice::from_env()).expect("the device that WGMOE_ADAPTER means opens");
     println!("device: {} ({})", chosen.device().name, chosen.choice_reason());
     if chosen.gpu().is_some() {
         return vec![("gpu", chosen), ("cpu", Context::cpu())];
@@ -31,7 +32,8 @@ pub struct Subject {
 
 impl Subject {
     pub fn new(context: &Context) -> Self {
-        let workload = Workload::new(SMALL.config().expect("the preset is valid"), 0.0, 1).expect("50 million weights fit");
+        let workload =
+            Workload::new(SMALL.config().expect("the preset is valid"), 0.0, 1).expect("50 million weights fit");
         let options = LayerOptions { weights: WEIGHTS, ..Default::default() };
         let layer = MoeLayer::with_options(context, workload.config.clone(), &workload.weights, &options)
             .unwrap_or_else(|error| panic!("{}: {error}", context.device().name));
