@@ -32,8 +32,8 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let lane = subgroupExclusiveAdd(1u);
     let column = ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
     // Lanes past the last column compute it again and store nothing: broadcasts need every lane.
-    let weight_row = (tile.expert - params.first_expert) * params.num_columns
-        + min(column, params.num_columns - LANE_COLUMNS);
+    let quad = ((tile.expert - params.first_expert) * params.num_columns
+        + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
     var b0 = zero8();
     var b1 = zero8();
@@ -42,12 +42,12 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let x0 = block_rows(tile, 0u, lane);
     if tile.num_rows <= 8u {
         for (var k = 0u; k < params.k4; k++) {
-            b0 = step8(b0, x0, k, load_weights4x4(weight_row, k));
+            b0 = step8(b0, x0, k, load_weights4x4(quad, k));
         }
     } else if tile.num_rows <= 16u {
         let x1 = block_rows(tile, 8u, lane);
         for (var k = 0u; k < params.k4; k++) {
-            let w = load_weights4x4(weight_row, k);
+            let w = load_weights4x4(quad, k);
             b0 = step8(b0, x0, k, w);
             b1 = step8(b1, x1, k, w);
         }
@@ -56,7 +56,7 @@ fn grouped_matmul(group: u32, invocation: u32) {
         let x2 = block_rows(tile, 16u, lane);
         let x3 = block_rows(tile, 24u, lane);
         for (var k = 0u; k < params.k4; k++) {
-            let w = load_weights4x4(weight_row, k);
+            let w = load_weights4x4(quad, k);
             b0 = step8(b0, x0, k, w);
             b1 = step8(b1, x1, k, w);
             b2 = step8(b2, x2, k, w);

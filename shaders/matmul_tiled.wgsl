@@ -5,8 +5,8 @@
 //     for each TILE_K inputs: all lanes copy the rows' inputs and the columns' weights to workgroup memory;
 //         each lane multiplies its 4 rows by its 4 columns from there
 // Departures from it
-//     1. Rows in tile_w are shuffled so that neighbouring lanes read neighbouring rows, and both tiles are one vec4
-//        wider than TILE_K: no bank conflicts.
+//     1. tile_w holds the four columns of a lane as one vec4, and neighbouring lanes' vec4s side by side; rows of tile_x
+//        are one vec4 wider than TILE_K: no bank conflicts.
 //     2. Rows past the tile's end are loaded again, computed and not stored: every lane reaches every barrier.
 
 override TILE_M: u32 = 32;
@@ -16,8 +16,8 @@ override WG_SIZE: u32 = 128; // TILE_M * TILE_N / 16
 const TILE_K4: u32 = 4u;   // vec4s of a row per round
 const STRIDE: u32 = 5u;    // TILE_K4 + 1
 
-var<workgroup> tile_x: array<vec4<f32>, TILE_M * STRIDE>;
-var<workgroup> tile_w: array<vec4<f32>, TILE_N * STRIDE>;
+var<workgroup> tile_x: array<vec4<f32>, TILE_M * STRIDE>;  // [TILE_M, STRIDE] vec4 of inputs
+var<workgroup> tile_w: array<vec4<f32>, TILE_N * TILE_K4>; // [4 * TILE_K4 inputs, TILE_N / 4] vec4 of columns
 
 // Sums of four rows; each vec4 is the lane's four columns.
 struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
@@ -28,7 +28,8 @@ fn grouped_matmul(group: u32, lane: u32) {
     let tile = find_tile(slot);
     if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
     let first_column = (group % params.num_column_tiles) * TILE_N;
-    let first_weight_row = (tile.expert - params.first_expert) * params.num_columns;
+    let first_quad = ((tile.expert - params.first_expert) * params.num_columns + first_column) / LANE_COLUMNS;
+    let num_quads = min(TILE_N, params.num_columns - first_column) / LANE_COLUMNS;
 
     let lanes_across = TILE_N / LANE_COLUMNS;
     let across = lane % lanes_across;
@@ -36,12 +37,12 @@ fn grouped_matmul(group: u32, lane: u32) {
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     for (var k = 0u; k < params.k4; k += TILE_K4) {
         workgroupBarrier();
-        fill_tiles(tile, first_weight_row, first_column, k, lane);
+        fill_tiles(tile, first_quad, num_quads, k, lane);
         workgroupBarrier();
         for (var i = 0u; i < TILE_K4; i++) {
-            let w = transpose(mat4x4<f32>(
-                tile_w[across * STRIDE + i], tile_w[(across + lanes_across) * STRIDE + i],
-                tile_w[(across + 2u * lanes_across) * STRIDE + i], tile_w[(across + 3u * lanes_across) * STRIDE + i]));
+            let at = 4u * i * lanes_across + across;
+            let w = mat4x4<f32>(
+                tile_w[at], tile_w[at + lanes_across], tile_w[at + 2u * lanes_across], tile_w[at + 3u * lanes_across]);
             sums.r0 = step(sums.r0, tile_x[first * STRIDE + i], w);
             sums.r1 = step(sums.r1, tile_x[(first + 1u) * STRIDE + i], w);
             sums.r2 = step(sums.r2, tile_x[(first + 2u) * STRIDE + i], w);
@@ -58,8 +59,8 @@ fn grouped_matmul(group: u32, lane: u32) {
     if first + 3u < tile.num_rows { store_sums(tile_row(tile, first + 3u), out, sums.r3); }
 }
 
-// Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and columns; zeros past the end.
-fn fill_tiles(tile: Tile, first_weight_row: u32, first_column: u32, k: u32, lane: u32) {
+// Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and of its first num_quads column quads; zeros past the end.
+fn fill_tiles(tile: Tile, first_quad: u32, num_quads: u32, k: u32, lane: u32) {
     for (var i = lane; i < TILE_M * TILE_K4; i += WG_SIZE) {
         let row = i / TILE_K4;
         let at = k + i % TILE_K4;
@@ -67,15 +68,16 @@ fn fill_tiles(tile: Tile, first_weight_row: u32, first_column: u32, k: u32, lane
         if at < params.k4 { value = load_input4(input_row(tile_row(tile, row)), params.x_stride, at); }
         tile_x[row * STRIDE + i % TILE_K4] = value;
     }
-    for (var i = lane; i < TILE_N * TILE_K4; i += WG_SIZE) {
-        let column = i / TILE_K4;
+    let quads = TILE_N / LANE_COLUMNS;
+    for (var i = lane; i < quads * TILE_K4; i += WG_SIZE) {
+        let quad = i / TILE_K4;
         let at = k + i % TILE_K4;
-        var value = vec4<f32>(0.0);
-        if at < params.k4 && first_column + column < params.num_columns {
-            value = load_weights4(first_weight_row + first_column + column, at);
-        }
-        // column 4*q + c of the tile stands in row c * (TILE_N / 4) + q
-        let place = (column % LANE_COLUMNS) * (TILE_N / LANE_COLUMNS) + column / LANE_COLUMNS;
-        tile_w[place * STRIDE + i % TILE_K4] = value;
+        var w = mat4x4<f32>();
+        if at < params.k4 && quad < num_quads { w = load_weights4x4(first_quad + quad, at); }
+        let place = 4u * (i % TILE_K4) * quads + quad;
+        tile_w[place] = w[0];
+        tile_w[place + quads] = w[1];
+        tile_w[place + 2u * quads] = w[2];
+        tile_w[place + 3u * quads] = w[3];
     }
 }

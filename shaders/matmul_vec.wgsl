@@ -20,21 +20,21 @@ fn grouped_matmul(group: u32, lane: u32) {
     let tile = find_tile(slot);
     if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
     let column = ((group % params.num_column_tiles) * (WG_SIZE / K_LANES) + lane / K_LANES) * LANE_COLUMNS;
-    let weight_row = (tile.expert - params.first_expert) * params.num_columns
-        + min(column, params.num_columns - LANE_COLUMNS);
+    let quad = ((tile.expert - params.first_expert) * params.num_columns
+        + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     let x0 = input_row(tile_row(tile, 0u));
     if tile.num_rows == 1u {
         for (var k = lane % K_LANES; k < params.k4; k += K_LANES) {
-            sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), load_weights4x4(weight_row, k));
+            sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), load_weights4x4(quad, k));
         }
     } else {
         let x1 = input_row(tile_row(tile, 1u));
         let x2 = input_row(tile_row(tile, 2u));
         let x3 = input_row(tile_row(tile, 3u));
         for (var k = lane % K_LANES; k < params.k4; k += K_LANES) {
-            let w = load_weights4x4(weight_row, k);
+            let w = load_weights4x4(quad, k);
             sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), w);
             sums.r1 = step(sums.r1, load_input4(x1, params.x_stride, k), w);
             sums.r2 = step(sums.r2, load_input4(x2, params.x_stride, k), w);

@@ -23,16 +23,16 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let lane = subgroupExclusiveAdd(1u);
     let column = ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
     // Lanes past the last column compute it again and store nothing: broadcasts need every lane.
-    let weight_row = (tile.expert - params.first_expert) * params.num_columns
-        + min(column, params.num_columns - LANE_COLUMNS);
+    let quad = ((tile.expert - params.first_expert) * params.num_columns
+        + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     if tile.num_rows == 1u {
-        sums.r0 = one_row(input_row(tile_row(tile, 0u)), weight_row, lane % 4u);
+        sums.r0 = one_row(input_row(tile_row(tile, 0u)), quad, lane % 4u);
     } else {
         let row = input_row(tile_row(tile, lane % 4u));
         for (var k = 0u; k < params.k4; k++) {
-            let w = load_weights4x4(weight_row, k);
+            let w = load_weights4x4(quad, k);
             let x = load_input4(row, params.x_stride, k);
             sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
             sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
@@ -49,18 +49,18 @@ fn grouped_matmul(group: u32, invocation: u32) {
 }
 
 // The sums of a tile of one row: four vec4 of its inputs for each load.
-fn one_row(row: u32, weight_row: u32, quarter: u32) -> vec4<f32> {
+fn one_row(row: u32, quad: u32, quarter: u32) -> vec4<f32> {
     var sums = vec4<f32>(0.0);
     let whole = params.k4 / 4u * 4u;
     for (var k = 0u; k < whole; k += 4u) {
         let x = load_input4(row, params.x_stride, k + quarter);
-        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(weight_row, k));
-        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(weight_row, k + 1u));
-        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(weight_row, k + 2u));
-        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(weight_row, k + 3u));
+        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k));
+        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u));
+        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u));
+        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u));
     }
     for (var k = whole; k < params.k4; k++) {
-        sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(weight_row, k));
+        sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k));
     }
     return sums;
 }

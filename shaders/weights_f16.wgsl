@@ -1,16 +1,17 @@
 // weights_f16: expert weights stored as IEEE half floats, two to a u32. No entry point.
-// unpack2x16float is core WGSL: no SHADER_F16 needed.
+// unpack2x16float is core WGSL: no SHADER_F16 needed. The layout is that of weights_f32.
 
-@group(0) @binding(1) var<storage, read> weights: array<vec2<u32>>; // [page experts, num_columns, 4 * k4]
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
 
-// Inputs 4*k .. 4*k+3 of packed weight row `row` (row = expert within the page * num_columns + column).
-fn load_weights4(row: u32, k: u32) -> vec4<f32> {
-    let pairs = weights[row * params.k4 + k];
-    return vec4<f32>(unpack2x16float(pairs.x), unpack2x16float(pairs.y));
-}
-
-// The same for four neighbouring rows, transposed: result[i] is input 4*k+i of the four columns.
-fn load_weights4x4(row: u32, k: u32) -> mat4x4<f32> {
-    return transpose(mat4x4<f32>(
-        load_weights4(row, k), load_weights4(row + 1u, k), load_weights4(row + 2u, k), load_weights4(row + 3u, k)));
+// Block k of column quad `quad` (expert within the page * num_columns / 4 + column / 4):
+// result[i] holds input 4*k + i of the four columns.
+fn load_weights4x4(quad: u32, k: u32) -> mat4x4<f32> {
+    let block = (quad * params.k4 + k) * 2u;
+    let low = weights[block];
+    let high = weights[block + 1u];
+    return mat4x4<f32>(
+        vec4<f32>(unpack2x16float(low.x), unpack2x16float(low.y)),
+        vec4<f32>(unpack2x16float(low.z), unpack2x16float(low.w)),
+        vec4<f32>(unpack2x16float(high.x), unpack2x16float(high.y)),
+        vec4<f32>(unpack2x16float(high.z), unpack2x16float(high.w)));
 }
