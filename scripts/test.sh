@@ -140,7 +140,8 @@ step "wgmoe check: golden files" "$wgmoe" check tests/golden
 swiftshader=$(swiftshader_icd)
 if [ -n "$swiftshader" ]; then
     devices="$devices + SwiftShader"
-    on_swiftshader=(env "VK_DRIVER_FILES=$swiftshader" "VK_ICD_FILENAMES=$swiftshader" WGMOE_EXPECT_ADAPTER=SwiftShader)
+    on_swiftshader=(env -u WGMOE_ADAPTER WGMOE_EXPECT_ADAPTER=SwiftShader
+        "VK_DRIVER_FILES=$swiftshader" "VK_ICD_FILENAMES=$swiftshader")
     suites=()
     for suite in golden layer; do
         [ -f "tests/$suite.rs" ] && suites+=(--test "$suite")
