@@ -106,7 +106,7 @@ impl MoeLayer {
                 }
                 let request = MatmulRequest { variant: options.matmul, choice: options.tile };
                 let plan = LayerPlan::new(&config, options.weights, &device, &request)?;
-                LayerEngine::Gpu(Box::new(GpuLayer::new(gpu, plan, weights).await?))
+                LayerEngine::Gpu(Box::new(gpu.explain(GpuLayer::new(gpu, plan, weights).await)?))
             }
             Engine::Cpu => {
                 let layer = CpuLayer::new(config.clone(), weights, options.weights)?;
@@ -148,7 +148,7 @@ impl MoeLayer {
             return Err(Error::LengthMismatch { tensor: "y", shape, expected: x.len(), found: y.len() });
         }
         match &self.engine {
-            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.forward(x, y).await,
+            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.gpu().explain(layer.forward(x, y).await),
             LayerEngine::Gpu(layer) => {
                 layer.forward_nothing().await;
                 Ok(())
@@ -172,7 +172,7 @@ impl MoeLayer {
     pub fn record(&self, encoder: &mut CommandEncoder, x: &Buffer, y: &Buffer, num_tokens: u32) -> Result<()> {
         match &self.engine {
             _ if num_tokens == 0 => Ok(()),
-            LayerEngine::Gpu(layer) => pollster::block_on(layer.record(encoder, x, y, num_tokens)),
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.record(encoder, x, y, num_tokens))),
             LayerEngine::Cpu(_) => Err(Error::Unsupported {
                 what: "recording into an encoder".to_owned(),
                 by: "by the embedded CPU engine".to_owned(),
@@ -185,7 +185,7 @@ impl MoeLayer {
     /// others.
     pub async fn prepare(&self, num_tokens: u32) -> Result<()> {
         match &self.engine {
-            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.prepare(num_tokens).await,
+            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.gpu().explain(layer.prepare(num_tokens).await),
             _ => Ok(()),
         }
     }
@@ -194,7 +194,7 @@ impl MoeLayer {
     /// the device.
     pub fn routing(&self) -> Result<RoutingDecision> {
         match &self.engine {
-            LayerEngine::Gpu(layer) => pollster::block_on(layer.routing()),
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.routing())),
             LayerEngine::Cpu(cpu) => Ok(lock(&cpu.last).routing.clone().unwrap_or_else(|| RoutingDecision {
                 num_tokens: 0,
                 topk_experts: Vec::new(),
@@ -213,7 +213,7 @@ impl MoeLayer {
             return Err(Error::config("num_tokens", 0, "at least 1 for a resident input"));
         }
         match &self.engine {
-            LayerEngine::Gpu(layer) => pollster::block_on(layer.upload(x)),
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.upload(x))),
             LayerEngine::Cpu(cpu) => {
                 let mut last = lock(&cpu.last);
                 *last = CpuLast { x: x.to_vec(), y: vec![0.0; x.len()], num_tokens, routing: None };
@@ -227,7 +227,7 @@ impl MoeLayer {
     pub fn run_resident(&self) -> Result<Duration> {
         let start = Instant::now();
         match &self.engine {
-            LayerEngine::Gpu(layer) => pollster::block_on(layer.run_resident())?,
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.run_resident()))?,
             LayerEngine::Cpu(cpu) => {
                 let CpuLast { x, y, routing, .. } = &mut *lock(&cpu.last);
                 *routing = Some(cpu.layer.forward_into(x, y)?);
@@ -240,7 +240,7 @@ impl MoeLayer {
     /// running the stages one by one.
     pub fn profile(&self) -> Result<Vec<StageTime>> {
         match &self.engine {
-            LayerEngine::Gpu(layer) => pollster::block_on(layer.profile()),
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.profile())),
             LayerEngine::Cpu(cpu) => {
                 let CpuLast { x, y, .. } = &mut *lock(&cpu.last);
                 let (_, times) = cpu.layer.forward_profiled(x, y)?;

@@ -243,15 +243,32 @@ impl Gpu {
         Ok(())
     }
 
-    /// Starts mapping a whole buffer for reading (`Read`) or writing (`Write`).
-    pub(crate) fn map(&self, buffer: &wgpu::Buffer, mode: wgpu::MapMode) -> Signal {
+    /// Starts mapping a whole buffer for reading (`Read`) or writing (`Write`). What is wrong with it is reported to the
+    /// error scope as well as to the callback, and without a scope to the caller's handler, which may panic.
+    pub(crate) async fn map(&self, buffer: &wgpu::Buffer, mode: wgpu::MapMode) -> Result<Signal> {
         if mode == wgpu::MapMode::Read {
             self.inner.counters.readbacks.fetch_add(1, Ordering::Relaxed);
         }
         let done = Signal::default();
         let notify = done.clone();
-        buffer.map_async(mode, .., move |result| notify.set(result.map_err(|e| e.to_string())));
-        done
+        self.scoped("mapping a buffer", |_| {
+            buffer.map_async(mode, .., move |result| notify.set(result.map_err(|e| e.to_string())));
+        })
+        .await?;
+        Ok(done)
+    }
+
+    /// `result`, but if the device is gone, that is the error: what failed because of it says less.
+    pub(crate) fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(Error::Device { .. } | Error::OutOfMemory { .. } | Error::Kernel { .. }) = &result {
+            // The loss of a device is reported while it is polled.
+            #[cfg(not(target_arch = "wasm32"))]
+            let _ = self.device().poll(wgpu::PollType::Poll);
+            if let Some(message) = lock(&self.inner.faults.lost).clone() {
+                return Err(Error::DeviceLost { message });
+            }
+        }
+        result
     }
 
     /// Waits for `signal`, driving the device, until the deadline.

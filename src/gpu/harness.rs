@@ -65,7 +65,7 @@ impl<'a> Harness<'a> {
         submit_and_wait(self.gpu, encoder, "running one kernel").await?;
         let mut results = Vec::new();
         for (output, download) in outputs.iter().zip(&downloads) {
-            let mapped = self.gpu.map(download, wgpu::MapMode::Read);
+            let mapped = self.gpu.map(download, wgpu::MapMode::Read).await?;
             self.gpu.wait(&mapped, "reading a kernel's output").await?;
             let words: Vec<u32> = read_mapped(download, bytemuck::pod_collect_to_vec)?;
             results.push(check_guards(stage, output, &words)?);

@@ -76,6 +76,10 @@ impl GpuLayer {
         Ok(Self { gpu: gpu.clone(), plan, weights, state: Mutex::new(State::default()) })
     }
 
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
     pub(crate) fn plan(&self) -> &LayerPlan {
         &self.plan
     }
@@ -370,8 +374,8 @@ impl GpuLayer {
             encoder.copy_buffer_to_buffer(status, 0, &io.download, status_at, 16);
         }
         self.submit(encoder).await?;
-        let read = self.gpu.map(&io.download, wgpu::MapMode::Read);
-        let write = self.gpu.map(&io.upload, wgpu::MapMode::Write);
+        let read = self.gpu.map(&io.download, wgpu::MapMode::Read).await?;
+        let write = self.gpu.map(&io.upload, wgpu::MapMode::Write).await?;
         self.gpu.wait(&read, "the forward pass").await?;
         self.gpu.wait(&write, "mapping the upload buffer").await?;
         self.gpu.check("the forward pass")?;
@@ -404,7 +408,7 @@ impl GpuLayer {
         let mut encoder = self.encoder();
         encoder.copy_buffer_to_buffer(&io.upload, 0, &io.x, 0, (x.len() * 4) as u64);
         self.submit(encoder).await?;
-        let mapped = self.gpu.map(&io.upload, wgpu::MapMode::Write);
+        let mapped = self.gpu.map(&io.upload, wgpu::MapMode::Write).await?;
         self.gpu.wait(&mapped, "uploading x").await?;
         state.io = Some(io);
         state.resident = num_tokens;
@@ -515,7 +519,7 @@ impl GpuLayer {
         let mut encoder = self.encoder();
         encoder.copy_buffer_to_buffer(buffer, 0, &download, 0, bytes);
         self.submit(encoder).await?;
-        let mapped = self.gpu.map(&download, wgpu::MapMode::Read);
+        let mapped = self.gpu.map(&download, wgpu::MapMode::Read).await?;
         self.gpu.wait(&mapped, "reading the routing").await?;
         read_mapped(&download, bytemuck::pod_collect_to_vec)
     }

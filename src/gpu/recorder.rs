@@ -89,7 +89,7 @@ impl Timestamps {
 
     /// Seconds of each pass.
     pub(super) async fn read(&self, gpu: &Gpu) -> Result<Vec<f64>> {
-        let mapped = gpu.map(&self.download, wgpu::MapMode::Read);
+        let mapped = gpu.map(&self.download, wgpu::MapMode::Read).await?;
         gpu.wait(&mapped, "reading timestamps").await?;
         let period = f64::from(gpu.queue().get_timestamp_period()) * 1e-9;
         read_mapped(&self.download, |bytes| {
