@@ -9,7 +9,8 @@
 // Mapping    workgroup = chunk_len neighbouring assignments. Each counts all assignments by expert (and those before
 //            its own chunk), so that the chunks need nothing from each other and one dispatch does it all
 // Grid       [ceil(num_assignments / chunk_len)]
-// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE
+// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 4; at most 2^23 assignments in
+//            chunks of at most 2^16: Mesa's llvmpipe ends all loops of an invocation after 65,535 iterations in sum
 // Numerics   integers; counts by atomics in workgroup memory, whose order does not matter; places by rank, not by ticket
 
 @group(0) @binding(0) var<uniform>             params:            MoeParams;
@@ -127,7 +128,12 @@ fn place_chunk(first: u32, lane: u32) {
         chunk[lane] = e;
         workgroupBarrier();
         var rank = 0u;
-        for (var i = 0u; i < lane; i++) { rank += select(0u, 1u, chunk[i] == e); }
+        for (var i = 0u; i < lane; i += 4u) {
+            let same = vec4<u32>(chunk[i], chunk[i + 1u], chunk[i + 2u], chunk[i + 3u]) == vec4<u32>(e);
+            let earlier = vec4<u32>(i, i + 1u, i + 2u, i + 3u) < vec4<u32>(lane);
+            let hits = select(vec4<u32>(0u), vec4<u32>(1u), same & earlier);
+            rank += hits.x + hits.y + hits.z + hits.w;
+        }
         var row = DROPPED;
         if e < params.num_experts { row = atomicLoad(&next_row[e]) + rank; }
         workgroupBarrier();

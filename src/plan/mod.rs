@@ -200,6 +200,9 @@ impl LayerPlan {
             .checked_mul(c.top_k())
             .ok_or_else(|| over_limit("assignments", u64::from(num_tokens) * u64::from(c.top_k()), u32::MAX.into()))?;
         self.request.check_tokens(num_tokens)?;
+        if num_assignments > permute::MAX_ASSIGNMENTS {
+            return Err(over_limit("assignments of one pass", num_assignments.into(), permute::MAX_ASSIGNMENTS.into()));
+        }
         let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
         let slots = tile_slots(num_assignments.into(), c.num_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.
