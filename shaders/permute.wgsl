@@ -9,7 +9,7 @@
 // Mapping    workgroup = chunk_len neighbouring assignments. Each counts all assignments by expert (and those before
 //            its own chunk), so that the chunks need nothing from each other and one dispatch does it all
 // Grid       [ceil(num_assignments / chunk_len)]
-// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE
+// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 8
 // Numerics   integers; counts by atomics in workgroup memory, whose order does not matter; places by rank, not by ticket
 
 @group(0) @binding(0) var<uniform>             params:            MoeParams;
@@ -119,6 +119,11 @@ fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
     }
 }
 
+// 1 if assignment i of the round is before this lane's and has the same expert.
+fn same(i: u32, lane: u32, e: u32) -> u32 {
+    return select(0u, 1u, i < lane && chunk[i] == e);
+}
+
 fn place_chunk(first: u32, lane: u32) {
     for (var round = 0u; round < params.chunk_len; round += WG_SIZE) {
         let a = first + round + lane;
@@ -127,7 +132,11 @@ fn place_chunk(first: u32, lane: u32) {
         chunk[lane] = e;
         workgroupBarrier();
         var rank = 0u;
-        for (var i = 0u; i < lane; i++) { rank += select(0u, 1u, chunk[i] == e); }
+        // Eight at a time: rounds are what llvmpipe runs out of (MAX_CHUNK_LEN in src/kernels/permute.rs).
+        for (var i = 0u; i < lane; i += 8u) {
+            rank += same(i, lane, e) + same(i + 1u, lane, e) + same(i + 2u, lane, e) + same(i + 3u, lane, e)
+                + same(i + 4u, lane, e) + same(i + 5u, lane, e) + same(i + 6u, lane, e) + same(i + 7u, lane, e);
+        }
         var row = DROPPED;
         if e < params.num_experts { row = atomicLoad(&next_row[e]) + rank; }
         workgroupBarrier();

@@ -176,7 +176,13 @@ impl LayerPlan {
         let (mut fits, mut too_many) = (1u32, 1 << 24);
         while too_many - fits > 1 {
             let middle = fits + (too_many - fits) / 2;
-            if largest(middle).bytes <= limit && self.plan(middle).is_ok() { fits = middle } else { too_many = middle }
+            let assignments = u64::from(middle) * u64::from(self.config.top_k());
+            let sorts = assignments <= permute::MAX_ASSIGNMENTS;
+            if sorts && largest(middle).bytes <= limit && self.plan(middle).is_ok() {
+                fits = middle
+            } else {
+                too_many = middle
+            }
         }
         // Passes over a caller's buffer start at multiples of max_tokens, and offsets have to be multiples of 256 bytes:
         // 64 elements, which are this many tokens.
