@@ -9,12 +9,12 @@ fn block_rows(tile: Tile, first: u32, lane: u32) -> BlockRows {
 }
 
 // The sums of 8 rows, plus their inputs 4*k .. 4*k+3 times the weights of this lane's columns.
-fn step8(sums: Rows8, rows: BlockRows, k: u32, w: mat4x4<f32>) -> Rows8 {
+fn step8(sums: Rows8, rows: BlockRows, k: u32, w: Weights) -> Rows8 {
     let x = load_input4(rows.x, params.x_stride, k);
     let z = load_input4(rows.y, params.x_stride, k);
     return Rows8(
-        step(sums.r0, subgroupBroadcast(x, 0u), w), step(sums.r1, subgroupBroadcast(x, 1u), w),
-        step(sums.r2, subgroupBroadcast(x, 2u), w), step(sums.r3, subgroupBroadcast(x, 3u), w),
-        step(sums.r4, subgroupBroadcast(z, 0u), w), step(sums.r5, subgroupBroadcast(z, 1u), w),
-        step(sums.r6, subgroupBroadcast(z, 2u), w), step(sums.r7, subgroupBroadcast(z, 3u), w));
+        step_quads(sums.r0, subgroupBroadcast(x, 0u), w), step_quads(sums.r1, subgroupBroadcast(x, 1u), w),
+        step_quads(sums.r2, subgroupBroadcast(x, 2u), w), step_quads(sums.r3, subgroupBroadcast(x, 3u), w),
+        step_quads(sums.r4, subgroupBroadcast(z, 0u), w), step_quads(sums.r5, subgroupBroadcast(z, 1u), w),
+        step_quads(sums.r6, subgroupBroadcast(z, 2u), w), step_quads(sums.r7, subgroupBroadcast(z, 3u), w));
 }

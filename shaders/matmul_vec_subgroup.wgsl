@@ -7,7 +7,7 @@
 //     broadcast to all lanes, which multiply it by the weights of their own 4 columns
 // Departures from it
 //     1. Sums are structs and functions, not arrays and loops: Mesa keeps an array in memory (4 times slower).
-//     2. A tile of one row has a loop of its own. Every row goes through the same operations in both.
+//     2. Tiles of one or two rows have loops of their own. Every row goes through the same operations in each.
 //     3. The lane comes from subgroupExclusiveAdd, which numbers lanes on every adapter.
 
 override WG_SIZE: u32 = 8; // the adapter's subgroup size, at least 4
@@ -29,6 +29,14 @@ fn grouped_matmul(group: u32, invocation: u32) {
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     if tile.num_rows == 1u {
         sums.r0 = one_row(input_row(tile_row(tile, 0u)), quad, lane % 4u);
+    } else if tile.num_rows == 2u {
+        let row = input_row(tile_row(tile, lane % 2u));
+        for (var k = 0u; k < params.k4; k++) {
+            let w = load_weights4x4(quad, k);
+            let x = load_input4(row, params.x_stride, k);
+            sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
+            sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
+        }
     } else {
         let row = input_row(tile_row(tile, lane % 4u));
         for (var k = 0u; k < params.k4; k++) {

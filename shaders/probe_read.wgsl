@@ -3,7 +3,8 @@
 //     out[i] = sum of every vec4 of data that invocation i reads
 //
 // CPU twin   none: only its time is used
-// Mapping    each workgroup reads a block of neighbouring vec4s, eight loads in flight in each invocation
+// Mapping    each workgroup reads a block of neighbouring vec4s, eight loads in flight in each invocation: side by side
+//            with its neighbours' (LANE_STRIDE 1, LOAD_STRIDE WG_SIZE) or a run of its own (LANE_STRIDE 8, LOAD_STRIDE 1)
 // Grid       [workgroups]
 // Requires   the length of data a multiple of 8 * workgroups * WG_SIZE vec4s
 // Numerics   not looked at
@@ -12,6 +13,8 @@
 @group(0) @binding(1) var<storage, read>       data: array<vec4<f32>>; // [any]
 
 override WG_SIZE: u32 = 64;
+override LANE_STRIDE: u32 = 1;
+override LOAD_STRIDE: u32 = 64;
 
 @compute @workgroup_size(WG_SIZE)
 fn probe_read(
@@ -21,11 +24,12 @@ fn probe_read(
 ) {
     let index = group.x * WG_SIZE + lane;
     let block = arrayLength(&data) / groups.x;
-    let first = group.x * block + lane;
+    let first = group.x * block + lane * LANE_STRIDE;
+    let s = LOAD_STRIDE;
     var sum = vec4<f32>(0.0);
     for (var i = first; i < first + block; i += 8u * WG_SIZE) {
-        sum += ((data[i] + data[i + WG_SIZE]) + (data[i + 2u * WG_SIZE] + data[i + 3u * WG_SIZE]))
-            + ((data[i + 4u * WG_SIZE] + data[i + 5u * WG_SIZE]) + (data[i + 6u * WG_SIZE] + data[i + 7u * WG_SIZE]));
+        sum += ((data[i] + data[i + s]) + (data[i + 2u * s] + data[i + 3u * s]))
+            + ((data[i + 4u * s] + data[i + 5u * s]) + (data[i + 6u * s] + data[i + 7u * s]));
     }
     out[index] = sum;
 }

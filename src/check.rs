@@ -57,10 +57,7 @@ const SHAPES: &[(u32, u32, u32, u32, u32, f64)] = &[
 ];
 
 /// Runs every check that the context's device can run. `progress(done, total, kernel)` is called before each.
-pub fn check_kernels(
-    context: &Context,
-    progress: &mut dyn FnMut(usize, usize, &str),
-) -> Result<Vec<KernelCheck>> {
+pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<KernelCheck>> {
     let total = SHAPES.len() * WeightFormat::ALL.len();
     let mut checks = Vec::new();
     for (index, &(tokens, hidden, intermediate, experts, top_k, skew)) in SHAPES.iter().enumerate() {
@@ -259,9 +256,8 @@ impl<'a> Case<'a> {
     fn gate_up_bounds(&self, rows: &Permutation, h: usize) -> Vec<f64> {
         let i = self.config.intermediate_size() as usize;
         let dot = |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
-        let dot_abs = |row: &[f32], x: &[f32]| {
-            row.iter().zip(x).map(|(&a, &b)| (f64::from(a) * f64::from(b)).abs()).sum::<f64>()
-        };
+        let dot_abs =
+            |row: &[f32], x: &[f32]| row.iter().zip(x).map(|(&a, &b)| (f64::from(a) * f64::from(b)).abs()).sum::<f64>();
         let mut bounds = Vec::new();
         for (row, &a) in rows.assignment_of_row.iter().enumerate() {
             let x = &self.x[a as usize / self.config.top_k() as usize * h..][..h];
@@ -327,8 +323,7 @@ impl<'a> Case<'a> {
         let weights: Vec<f32> = self.expected.router.topk_weights.iter().map(|&v| v as f32).collect();
         let exact = |values: &[f32], f: fn(f64) -> f64| values.iter().map(|&v| f(f64::from(v))).collect::<Vec<f64>>();
         let same = |v: f64| v;
-        let expected =
-            reference::combine::combine(c, &exact(&rounded, same), &exact(&weights, same), permutation);
+        let expected = reference::combine::combine(c, &exact(&rounded, same), &exact(&weights, same), permutation);
         let magnitude =
             reference::combine::combine(c, &exact(&rounded, f64::abs), &exact(&weights, f64::abs), permutation);
         let mut expert_out = Vec::new();

@@ -38,14 +38,16 @@ impl Context {
 
     /// As [`Context::new`] (`all_limits` false) or [`Context::with_all_limits`], without blocking.
     pub async fn open(choice: &DeviceChoice, all_limits: bool) -> Result<Self> {
-        let (adapter, reason) = gpu::adapter::select(choice).await?;
-        match adapter {
-            None => Ok(Self { reason, ..Self::cpu() }),
-            Some(adapter) => {
-                let gpu = Gpu::open(&adapter, all_limits).await?;
-                Ok(Self { info: gpu.info().clone(), engine: Engine::Gpu(gpu), reason })
+        let (adapters, mut reason) = gpu::adapter::select(choice).await?;
+        for adapter in adapters {
+            match Gpu::open(&adapter, all_limits).await {
+                Ok(gpu) => return Ok(Self { info: gpu.info().clone(), engine: Engine::Gpu(gpu), reason }),
+                // A driver that lists an adapter but cannot open it must not keep others from working.
+                Err(error) if *choice == DeviceChoice::Auto => reason = format!("{error}; the next best is used"),
+                Err(error) => return Err(error),
             }
         }
+        Ok(Self { reason, ..Self::cpu() })
     }
 
     /// The embedded CPU engine.

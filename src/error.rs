@@ -125,7 +125,7 @@ pub enum Error {
         seconds: u64,
     },
     /// Something that only a GPU context can do was asked of the CPU engine, or the like.
-    #[error("{what} is not possible {by}; {hint}")]
+    #[error("{what} is not supported {by}; {hint}")]
     Unsupported {
         /// What was asked for.
         what: String,

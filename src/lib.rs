@@ -1,4 +1,70 @@
-//! wgmoe
+//! Mixture-of-Experts layers as hand-written WGSL kernels, with a small runtime on wgpu, an embedded CPU engine, and
+//! an f64 reference that says what is right.
+//!
+//! ```text
+//!     x [num_tokens, hidden_size]
+//!       └ router            logits, selection, weights                topk_experts, topk_weights [num_tokens, top_k]
+//!           └ permute       assignments sorted by expert              one row for each choice of each token
+//!               └ gate_up   grouped matmul, silu(x Wg^T) * (x Wu^T)   intermediate [num_rows, intermediate_size]
+//!                   └ down  grouped matmul                            expert_out [num_rows, hidden_size]
+//!                       └ combine  weighted sum for each token        y [num_tokens, hidden_size]
+//! ```
+//!
+//! Nothing in a pass is read back to the host. A batch of up to 16 tokens takes four dispatches (it skips permute),
+//! a larger one takes five, and each further page of weights adds one.
+//!
+//! # Example
+//!
+//! ```
+//! use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
+//!
+//! let routing = Routing { scores: Scores::Softmax, renormalize: true };
+//! let config = MoeConfig::new(64, 32, 8, 2, routing, Activation::Swiglu)?; // hidden, intermediate, experts, top-k
+//! let numbers = |len: usize| (0..len).map(|n| (n * 7919 % 1009) as f32 / 504.5 - 1.0).collect::<Vec<f32>>();
+//! let weights = MoeWeights {
+//!     router: numbers(8 * 64),         // [experts, hidden]
+//!     router_bias: None,
+//!     gate_proj: numbers(8 * 32 * 64), // [experts, intermediate, hidden]
+//!     up_proj: numbers(8 * 32 * 64),
+//!     down_proj: numbers(8 * 64 * 32), // [experts, hidden, intermediate]
+//! };
+//! let context = Context::new(&DeviceChoice::Auto)?; // a GPU, or the CPU engine where there is none
+//! let layer = MoeLayer::new(&context, config, &weights)?;
+//! let y = layer.forward(&numbers(16 * 64))?; // sixteen tokens
+//! assert_eq!(y.len(), 16 * 64);
+//! println!("{:?}", layer.routing()?.tokens_per_expert);
+//! # Ok::<(), wgmoe::Error>(())
+//! ```
+//!
+//! Weights of a real model come from [`Checkpoint`]. A program that owns a `wgpu::Device` makes its [`Context`] with
+//! [`Context::from_wgpu`] and puts the pass into its own encoder with [`MoeLayer::record`].
+//!
+//! # Where to look
+//!
+//! | for | read |
+//! | --- | --- |
+//! | what a layer computes, exactly | [`mod@reference`] |
+//! | using a layer | [`MoeLayer`], [`LayerOptions`], [`Context`] |
+//! | what a pass will do, without a GPU | [`plan`] |
+//! | the kernels | [`kernels`], and `shaders/` in the repository |
+//! | checkpoints and model families | [`Checkpoint`], [`Family`] |
+//! | measuring | [`mod@bench`] |
+//!
+//! # When not to use this
+//!
+//! - The model has one expert, or nearly all experts are chosen for every token: a dense matmul does the same work
+//!   without a router and a sort.
+//! - The program runs on one vendor's GPUs only and already depends on that vendor's libraries, which use matrix units
+//!   that WGSL does not reach.
+//! - Training. There is no backward pass.
+//! - A whole model is needed. This is one layer: attention, normalisation and sampling are somebody else's.
+//!
+//! # Features
+//!
+//! `cli` (default) builds the `wgmoe` binary and what only it needs. A library user turns it off:
+//! `wgmoe = { version = "0.1", default-features = false }`.
+// The examples in README.md are tested with the others.
+#![cfg_attr(doctest, doc = include_str!("../README.md"))]
 #![deny(missing_docs)]
 
 pub mod bench;

@@ -115,7 +115,8 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 assert!(workgroups * u64::from(params.chunk_len) <= u64::from(u32::MAX));
             }
             Stage::Combine => {
-                assert!(workgroups * u64::from(combine::WG_SIZE) >= tokens * u64::from(config.hidden_size()));
+                // Each lane takes four elements.
+                assert!(workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(config.hidden_size()));
                 assert!(tokens * u64::from(config.hidden_size()) <= u64::from(u32::MAX));
             }
             Stage::GateUp | Stage::Down => {

@@ -117,7 +117,7 @@ impl Bench<'_> {
         let active_experts = routing.tokens_per_expert.iter().filter(|&&n| n > 0).count() as u32;
         let cost = Cost::of_forward(config, self.weights, tokens, active_experts);
         let gflops = cost.flops / times.median_s / 1e9;
-        let attainable = self.roofline.as_ref().map(|r| cost.attainable_gflops(r.gflops, r.gbytes_per_s));
+        let attainable = self.roofline.as_ref().map(|r| cost.attainable_gflops(r.gflops, r.bandwidth_for(cost.bytes)));
         Ok(Ok(Row {
             preset: preset.map(str::to_owned),
             hidden_size: config.hidden_size(),
@@ -243,7 +243,7 @@ mod tests {
     fn bench(context: &Context) -> Bench<'_> {
         Bench {
             context,
-            roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, how: String::new() }),
+            roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
             runs: Some(3),

@@ -54,6 +54,8 @@ pub struct RooflineResult {
     pub gflops: f64,
     /// Memory.
     pub gbytes_per_s: f64,
+    /// (bytes, 10^9 bytes per second) of buffers of growing size: caches first, then memory.
+    pub bandwidths: Vec<(u64, f64)>,
     /// How they were measured.
     pub how: String,
 }

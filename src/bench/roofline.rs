@@ -21,37 +21,54 @@ const DENSE_RUNS: usize = 3;
 pub struct Roofline {
     /// 10^9 f32 operations per second.
     pub gflops: f64,
-    /// 10^9 bytes read per second.
+    /// 10^9 bytes read per second from the largest buffer that was probed: the device's memory.
     pub gbytes_per_s: f64,
+    /// (bytes, 10^9 bytes per second) of each buffer size that was probed, ascending: small ones stay in caches, and so
+    /// do the weights of a small pass that is repeated.
+    pub bandwidths: Vec<(u64, f64)>,
     /// How they were measured.
     pub how: String,
 }
 
-/// Measures the device's ceilings, in about a second.
+impl Roofline {
+    /// The rate at which a pass that moves `bytes` bytes can read at best: that of the largest buffer no larger than
+    /// that.
+    pub fn bandwidth_for(&self, bytes: f64) -> f64 {
+        let fits = self.bandwidths.iter().rev().find(|&&(size, _)| size as f64 <= bytes);
+        fits.or(self.bandwidths.first()).map_or(self.gbytes_per_s, |&(_, rate)| rate)
+    }
+}
+
+/// Buffers that the read probe reads, ascending, all within every device's binding limit.
+const GPU_SIZES: [u64; 3] = [8 << 20, 32 << 20, 128 << 20];
+
+/// Measures the device's ceilings, in about two seconds.
 pub fn roofline(context: &Context) -> Result<Roofline> {
     match context.engine() {
-        Engine::Gpu(gpu) => Ok(Roofline {
-            gflops: pollster::block_on(gpu.peak_flops())? / 1e9,
-            gbytes_per_s: pollster::block_on(gpu.read_bandwidth())? / 1e9,
-            how: "multiply-adds in registers and reads of 64 MiB, in plain kernels".to_owned(),
-        }),
+        Engine::Gpu(gpu) => {
+            let mut bandwidths = Vec::new();
+            for bytes in GPU_SIZES {
+                bandwidths.push((bytes, pollster::block_on(gpu.read_bandwidth(bytes))? / 1e9));
+            }
+            Ok(Roofline {
+                gflops: pollster::block_on(gpu.peak_flops())? / 1e9,
+                gbytes_per_s: bandwidths[GPU_SIZES.len() - 1].1,
+                bandwidths,
+                how: "multiply-adds in registers and reads of 128 MiB, in plain kernels".to_owned(),
+            })
+        }
         Engine::Cpu => {
-            let cpu::Roofline { gflops, gbytes_per_s } = cpu::roofline();
+            let cpu::Roofline { gflops, bandwidths } = cpu::roofline();
+            let gbytes_per_s = bandwidths.last().map_or(0.0, |&(_, rate)| rate);
             let how = "a dense matmul of the gemm crate and reads of 256 MiB, on all threads".to_owned();
-            Ok(Roofline { gflops, gbytes_per_s, how })
+            Ok(Roofline { gflops, gbytes_per_s, bandwidths, how })
         }
     }
 }
 
 /// Time of a dense matmul `[m, k] x [n, k]^T`: on a GPU by the grouped matmul's own kernel with one expert, on the CPU
 /// by the matmul crate. `None` where the weights do not fit one page.
-pub fn dense_matmul_time(
-    context: &Context,
-    m: u32,
-    n: u32,
-    k: u32,
-    format: WeightFormat,
-) -> Result<Option<Duration>> {
+pub fn dense_matmul_time(context: &Context, m: u32, n: u32, k: u32, format: WeightFormat) -> Result<Option<Duration>> {
     let gpu = match context.engine() {
         Engine::Gpu(gpu) => gpu,
         Engine::Cpu => return Ok(Some(cpu_dense(m as usize, n as usize, k as usize))),

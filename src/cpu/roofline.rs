@@ -4,17 +4,21 @@ use rayon::prelude::*;
 use std::time::{Duration, Instant};
 
 /// Best rates measured on all threads of the current pool.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Roofline {
     /// f32 operations of a dense matmul by the `gemm` crate, in 10^9 per second; a multiply-add counts as two.
     pub gflops: f64,
-    /// Bytes read from memory far larger than the caches, in 10^9 per second.
-    pub gbytes_per_s: f64,
+    /// (bytes, 10^9 bytes read per second) of buffers of growing size: caches first, then memory.
+    pub bandwidths: Vec<(u64, f64)>,
 }
 
-/// Measures both, in about half a second.
+/// Buffers that are read, in bytes.
+const SIZES: [u64; 3] = [8 << 20, 32 << 20, 256 << 20];
+
+/// Measures all of them, in about a second.
 pub fn roofline() -> Roofline {
-    Roofline { gflops: dense_gflops(768), gbytes_per_s: read_gbytes_per_s(1 << 26) }
+    let bandwidths = SIZES.map(|bytes| (bytes, read_gbytes_per_s(bytes as usize / size_of::<u32>())));
+    Roofline { gflops: dense_gflops(768), bandwidths: bandwidths.into() }
 }
 
 /// The best rate of a square matmul of this size.
@@ -94,7 +98,8 @@ mod tests {
 
     #[test]
     fn rates_are_positive_numbers() {
-        let Roofline { gflops, gbytes_per_s } = roofline();
-        assert!(gflops.is_finite() && gflops > 0.0 && gbytes_per_s.is_finite() && gbytes_per_s > 0.0);
+        let Roofline { gflops, bandwidths } = roofline();
+        assert!(gflops.is_finite() && gflops > 0.0);
+        assert!(bandwidths.iter().all(|&(_, rate)| rate.is_finite() && rate > 0.0));
     }
 }

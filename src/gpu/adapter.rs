@@ -157,41 +157,47 @@ fn rank(info: &wgpu::AdapterInfo) -> u32 {
     }
 }
 
-/// The adapter that `choice` means, and why; `None` is the embedded CPU engine.
-pub(crate) async fn select(choice: &DeviceChoice) -> Result<(Option<wgpu::Adapter>, String)> {
+/// The adapters that `choice` means, best first, and why. None at all is the embedded CPU engine.
+pub(crate) async fn select(choice: &DeviceChoice) -> Result<(Vec<wgpu::Adapter>, String)> {
     if *choice == DeviceChoice::Cpu {
-        return Ok((None, "the embedded CPU engine was asked for".to_owned()));
+        return Ok((Vec::new(), "the embedded CPU engine was asked for".to_owned()));
     }
-    let all = enumerate().await;
-    let described = |(index, adapter): (usize, &wgpu::Adapter)| {
-        let info = device_info(&adapter.get_info());
-        format!("{index}: {} ({}, {})", info.name, info.backend, info.kind)
-    };
-    let found = all.iter().enumerate().map(described).collect::<Vec<_>>();
-    let position = match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => (0..all.len()).min_by_key(|&i| rank(&all[i].get_info())),
-        DeviceChoice::Index(index) => (*index < all.len()).then_some(*index),
-        DeviceChoice::Name(part) => all.iter().position(|adapter| {
-            let info = device_info(&adapter.get_info());
-            let text = format!("{} {} {}", info.name, info.driver, info.backend).to_lowercase();
-            // Mesa's driver is called lavapipe everywhere but in what it reports.
-            let text = if text.contains("llvmpipe") { text + " lavapipe" } else { text };
-            text.contains(&part.to_lowercase())
-        }),
-    };
-    let Some(position) = position else {
-        return match choice {
-            DeviceChoice::Auto => {
-                let why = "no adapter was found (no Vulkan, Metal or DX12 driver), so the embedded CPU engine is used";
-                Ok((None, why.to_owned()))
+    let mut all = enumerate().await;
+    if *choice == DeviceChoice::Auto {
+        // Stable: of two equals the one with the lower index.
+        all.sort_by_key(|adapter| rank(&adapter.get_info()));
+        let why = match all.len() {
+            0 => {
+                "no adapter was found (no Vulkan, Metal or DX12 driver), so the embedded CPU engine is used".to_owned()
             }
-            _ => Err(Error::NoDevice { wanted: choice.to_string(), found }),
+            1 => "the only adapter".to_owned(),
+            count => format!("the best of {count} adapters"),
         };
+        return Ok((all, why));
+    }
+    let position = match choice {
+        DeviceChoice::Index(index) => (*index < all.len()).then_some(*index),
+        DeviceChoice::Name(part) => all.iter().position(|adapter| matches(&adapter.get_info(), part)),
+        DeviceChoice::Auto | DeviceChoice::Cpu => None, // handled above
     };
-    let why = match choice {
-        DeviceChoice::Auto if all.len() == 1 => "the only adapter".to_owned(),
-        DeviceChoice::Auto => format!("the best of {} adapters", all.len()),
-        _ => format!("asked for as \"{choice}\""),
-    };
-    Ok((all.into_iter().nth(position), why))
+    match position {
+        Some(position) => Ok((vec![all.swap_remove(position)], format!("asked for as \"{choice}\""))),
+        None => {
+            let described = |(index, adapter): (usize, &wgpu::Adapter)| {
+                let info = device_info(&adapter.get_info());
+                format!("{index}: {} ({}, {})", info.name, info.backend, info.kind)
+            };
+            let found = all.iter().enumerate().map(described).collect();
+            Err(Error::NoDevice { wanted: choice.to_string(), found })
+        }
+    }
+}
+
+/// Whether an adapter's name, driver or backend contains `part`.
+fn matches(info: &wgpu::AdapterInfo, part: &str) -> bool {
+    let info = device_info(info);
+    let text = format!("{} {} {}", info.name, info.driver, info.backend).to_lowercase();
+    // Mesa's driver is called lavapipe everywhere but in what it reports.
+    let text = if text.contains("llvmpipe") { text + " lavapipe" } else { text };
+    text.contains(&part.to_lowercase())
 }

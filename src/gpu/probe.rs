@@ -9,9 +9,7 @@ use crate::kernels::{Kernel, probe};
 use std::time::{Duration, Instant};
 
 /// How long each probe may take in all.
-const BUDGET: Duration = Duration::from_millis(400);
-/// Bytes that the read probe reads: more than caches hold, within every device's binding limit.
-const READ_BYTES: u64 = 64 << 20;
+const BUDGET: Duration = Duration::from_millis(250);
 
 impl Gpu {
     /// FLOP/s of multiply-adds in registers, the best of several runs.
@@ -29,12 +27,17 @@ impl Gpu {
         }
     }
 
-    /// Bytes per second of reads from a large buffer, the best of several runs.
-    pub(crate) async fn read_bandwidth(&self) -> Result<f64> {
-        let workgroups = 512;
-        let data = self.buffer("probe data", READ_BYTES, wgpu::BufferUsages::STORAGE).await?;
-        let seconds = self.best_time(&probe::read(), workgroups, Some(&data)).await?;
-        Ok(READ_BYTES as f64 / seconds)
+    /// Bytes per second of reads from a buffer of `bytes` bytes (a multiple of 1 MiB), the best of several runs.
+    pub(crate) async fn read_bandwidth(&self, bytes: u64) -> Result<f64> {
+        // 8 vec4 for each of the workgroup's lanes divide every whole MiB.
+        let workgroups = (bytes >> 17) as u32;
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+        let data = self.buffer("probe data", bytes, usage).await?;
+        let mut best = f64::INFINITY;
+        for own_runs in [false, true] {
+            best = best.min(self.best_time(&probe::read(own_runs), workgroups, Some(&data)).await?);
+        }
+        Ok(bytes as f64 / best)
     }
 
     async fn best_time(&self, kernel: &Kernel, workgroups: u32, data: Option<&wgpu::Buffer>) -> Result<f64> {

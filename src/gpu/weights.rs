@@ -36,7 +36,7 @@ impl DeviceWeights {
 
         // gate and up rows alternate; rows past intermediate_size are padding
         let gate_up_row = |expert: usize, column: usize| {
-            let from = if column % 2 == 0 { &weights.gate_proj } else { &weights.up_proj };
+            let from = if column.is_multiple_of(2) { &weights.gate_proj } else { &weights.up_proj };
             (column / 2 < i).then(|| &from[(expert * i + column / 2) * h..][..h])
         };
         let down_row =

@@ -26,5 +26,5 @@ pub fn kernel() -> Kernel {
 
 /// Workgroups for `num_tokens` tokens of `hidden_size` elements.
 pub fn workgroups(num_tokens: u32, hidden_size: u32) -> u64 {
-    u64::from(num_tokens) * u64::from(hidden_size.div_ceil(WG_SIZE))
+    u64::from(num_tokens) * u64::from(hidden_size.div_ceil(4 * WG_SIZE))
 }

@@ -9,6 +9,8 @@ use std::str::FromStr;
 pub const LANE_COLUMNS: u32 = 4;
 /// Rows of a tile of the subgroup variant.
 const SUBGROUP_ROWS: u32 = 32;
+/// Column quads of a lane of the subgroup variant (`QUADS` in `shaders/matmul_subgroup.wgsl`).
+const SUBGROUP_QUADS: u32 = 2;
 /// Rows of a tile of the vec variant.
 pub const VEC_ROWS: u32 = 4;
 
@@ -61,7 +63,7 @@ pub enum MatmulChoice {
         /// Packed columns.
         tile_n: u32,
     },
-    /// 32 rows by `4 * subgroup_size` packed columns.
+    /// 32 rows by `8 * subgroup_size` packed columns.
     Subgroup {
         /// The adapter's one and only subgroup size, at least 4.
         subgroup_size: u32,
@@ -120,9 +122,8 @@ impl MatmulChoice {
     pub fn tile_n(self) -> u32 {
         match self {
             MatmulChoice::Tiled { tile_n, .. } => tile_n,
-            MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => {
-                LANE_COLUMNS * subgroup_size
-            }
+            MatmulChoice::Subgroup { subgroup_size } => SUBGROUP_QUADS * LANE_COLUMNS * subgroup_size,
+            MatmulChoice::VecSubgroup { subgroup_size, .. } => LANE_COLUMNS * subgroup_size,
             MatmulChoice::Vec { workgroup_size, k_lanes, .. } => LANE_COLUMNS * workgroup_size / k_lanes,
         }
     }

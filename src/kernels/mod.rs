@@ -191,6 +191,6 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     kernels.push(combine::kernel());
-    kernels.extend([probe::fma(256), probe::read()]);
+    kernels.extend([probe::fma(256), probe::read(false)]);
     kernels
 }

@@ -20,8 +20,8 @@ pub fn fma(loops: u32) -> Kernel {
     }
 }
 
-/// Reads a buffer once.
-pub fn read() -> Kernel {
+/// Reads a buffer once: each load side by side with the neighbouring lanes', or each lane a run of its own.
+pub fn read(own_runs: bool) -> Kernel {
     Kernel {
         stage: Stage::ProbeRead,
         label: "probe_read".to_owned(),
@@ -30,7 +30,10 @@ pub fn read() -> Kernel {
             bind(0, "out", Access::Write), // [workgroups * WG_SIZE] vec4
             bind(1, "data", Access::Read), // any multiple of 8 * workgroups * WG_SIZE vec4
         ],
-        overrides: vec![("WG_SIZE", WG_SIZE)],
+        overrides: match own_runs {
+            false => vec![("WG_SIZE", WG_SIZE), ("LANE_STRIDE", 1), ("LOAD_STRIDE", WG_SIZE)],
+            true => vec![("WG_SIZE", WG_SIZE), ("LANE_STRIDE", 8), ("LOAD_STRIDE", 1)],
+        },
         workgroup_size: WG_SIZE,
         needs_subgroups: false,
     }

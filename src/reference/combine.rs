@@ -9,7 +9,8 @@ pub fn combine(config: &MoeConfig, expert_out: &[f64], topk_weights: &[f64], row
     let [h, top_k] = [config.hidden_size(), config.top_k()].map(|n| n as usize);
     let mut y = vec![0.0; topk_weights.len() / top_k * h];
     for (t, y) in y.chunks_exact_mut(h).enumerate() {
-        for a in t * top_k..(t + 1) * top_k {
+        for j in 0..top_k {
+            let a = t * top_k + j;
             let row = rows.row_of_assignment[a] as usize;
             for (sum, value) in y.iter_mut().zip(&expert_out[row * h..][..h]) {
                 *sum += topk_weights[a] * value;

@@ -95,7 +95,12 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         schema: SCHEMA,
         wgmoe_version: env!("CARGO_PKG_VERSION").to_owned(),
         device: DeviceResult::from(context.device()),
-        roofline: roofline.map(|r| RooflineResult { gflops: r.gflops, gbytes_per_s: r.gbytes_per_s, how: r.how }),
+        roofline: roofline.map(|r| RooflineResult {
+            gflops: r.gflops,
+            gbytes_per_s: r.gbytes_per_s,
+            bandwidths: r.bandwidths,
+            how: r.how,
+        }),
         rows: Vec::new(),
         failures: Vec::new(),
     };

@@ -17,7 +17,9 @@ pub fn plain_table(header: &[&str]) -> Table {
 
 /// The device's peaks in one line.
 pub fn roofline(roofline: &Roofline) -> String {
-    format!("roofline: {} GFLOP/s, {} GB/s ({})", number(roofline.gflops), number(roofline.gbytes_per_s), roofline.how)
+    let rate = |&(bytes, rate): &(u64, f64)| format!("{} within {} MiB", number(rate), bytes >> 20);
+    let rates = roofline.bandwidths.iter().map(rate).collect::<Vec<_>>().join(", ");
+    format!("roofline: {} GFLOP/s; GB/s: {rates} ({})", number(roofline.gflops), roofline.how)
 }
 
 /// One layer: a row for each batch, then where the time goes, then what failed.
