@@ -414,6 +414,41 @@ fn a_tokens_bits_do_not_depend_on_its_batch() {
     }
 }
 
+/// Folded grids and 2^22 assignments. The tokens repeat, and so must the results: a token's bits do not depend on where
+/// it stands.
+#[test]
+fn large_batches_repeat_the_small_one() {
+    let Some(context) = gpu_context() else { return };
+    let all = variants(&context);
+    for (sizes, num_tokens, variants) in
+        [([8, 4, 5, 2], 70_001, all.as_slice()), ([4, 4, 16, 8], 1 << 19, &all[all.len() - 1..])]
+    {
+        let mut values = Values(16);
+        let config = config(sizes, true);
+        let weights = values.weights(&config);
+        let [h, _, _, k] = sizes.map(|n| n as usize);
+        let block = values.floats(61 * h);
+        let x: Vec<f32> = block.iter().copied().cycle().take(num_tokens * h).collect();
+        for &variant in variants {
+            let layer = MoeLayer::with_options(&context, config.clone(), &weights, &forced(variant, WeightFormat::F32));
+            let layer = layer.expect("the layer is valid");
+            let name = format!("{num_tokens} tokens {}", variant.name());
+            let expected = forward(&layer, &block);
+            let experts = layer.routing().expect("there was a pass").topk_experts;
+            let start = std::time::Instant::now();
+            let y = forward(&layer, &x);
+            println!("{name}: {:?}", start.elapsed());
+            let repeated: Vec<f32> = expected.iter().copied().cycle().take(y.len()).collect();
+            assert_same_bits(&name, &y, &repeated);
+            let routing = layer.routing().expect("there was a pass");
+            assert_eq!(routing.tokens_per_expert.iter().sum::<u32>() as usize, num_tokens * k, "{name}");
+            let repeated: Vec<u32> = experts.into_iter().cycle().take(num_tokens * k).collect();
+            assert!(routing.topk_experts == repeated, "{name}: other experts");
+            assert!(layer.pass_stats().dispatches <= 7, "{name}: {:?}", layer.pass_stats());
+        }
+    }
+}
+
 #[test]
 fn dispatches_readbacks_and_allocations_stay_low() {
     let Some(context) = gpu_context() else { return };

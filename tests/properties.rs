@@ -103,6 +103,14 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 assert_eq!(u64::from(params.chunk_len) % lanes, 0);
                 let experts = dispatch.kernel.overrides.iter().find(|o| o.0 == "NUM_EXPERTS").expect("it has one").1;
                 assert!(experts >= config.num_experts());
+                // llvmpipe ends an invocation's loops after 65,535 rounds in all: 64 to rank the lanes of each round and
+                // the round itself, the count, the tiles with their searches, the experts.
+                let rounds = u64::from(params.chunk_len) / lanes * 65
+                    + assignments.div_ceil(lanes)
+                    + u64::from(params.num_tile_slots).div_ceil(workgroups * lanes) * 11
+                    + 3 * u64::from(experts.div_ceil(256))
+                    + 8;
+                assert!(rounds < 65_535, "{rounds} rounds for {assignments} assignments");
                 // Workgroups past the end still form the index of their first assignment.
                 assert!(workgroups * u64::from(params.chunk_len) <= u64::from(u32::MAX));
             }

@@ -420,9 +420,14 @@ mod checkers_can_fail {
 
     #[test]
     fn on_wgsl_that_does_not_parse_or_validate() {
-        assert_fault(&edited(kernel("combine"), "combine", "var sum = 0.0;", "var sum = ;"), "combine.wgsl:31");
-        let wrong = edited(kernel("combine"), "combine", "var sum = 0.0;", "var sum: u32 = 0.0;");
-        assert_fault(&wrong, "combine.wgsl:31");
+        // The message names the line of the file, whatever stands before the file in the source.
+        let part =
+            kernel("combine").parts.into_iter().find(|part| part.file == "combine").expect("it has its own part");
+        let line = part.source.lines().position(|line| line.contains("let token = ")).expect("it has a token") + 1;
+        for to in ["let token = ;", "let token: f32 = 1u + "] {
+            let wrong = edited(kernel("combine"), "combine", "let token = ", to);
+            assert_fault(&wrong, &format!("combine.wgsl:{line}"));
+        }
         let wrong = edited(kernel("combine"), "moe_params", "return group.y", "return 1.0 * group.y");
         assert_fault(&wrong, "moe_params.wgsl:23");
     }
@@ -459,7 +464,7 @@ mod checkers_can_fail {
         }
         let wrong = edited(kernel("combine"), "combine", "@group(0) @binding(3)", "@group(1) @binding(3)");
         assert_fault(&wrong, "topk_weights is in group 1");
-        let wrong = edited(kernel("combine"), "combine", "topk_weights[a], expert_out", "2.0, expert_out");
+        let wrong = edited(kernel("combine"), "combine", "(topk_weights[a])", "(2.0)");
         assert_fault(&wrong, "topk_weights is bound but never used");
     }
 
