@@ -9,7 +9,8 @@
 // Mapping    workgroup = chunk_len neighbouring assignments. Each counts all assignments by expert (and those before
 //            its own chunk), so that the chunks need nothing from each other and one dispatch does it all
 // Grid       [ceil(num_assignments / chunk_len)]
-// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 8
+// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 4; at most 2^23 assignments in
+//            chunks of at most 2^16: Mesa's llvmpipe ends all loops of an invocation after 65,535 iterations in sum
 // Numerics   integers; counts by atomics in workgroup memory, whose order does not matter; places by rank, not by ticket
 
 @group(0) @binding(0) var<uniform>             params:            MoeParams;
@@ -119,11 +120,6 @@ fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
     }
 }
 
-// 1 if assignment i of the round is before this lane's and has the same expert.
-fn same(i: u32, lane: u32, e: u32) -> u32 {
-    return select(0u, 1u, i < lane && chunk[i] == e);
-}
-
 fn place_chunk(first: u32, lane: u32) {
     for (var round = 0u; round < params.chunk_len; round += WG_SIZE) {
         let a = first + round + lane;
@@ -132,10 +128,11 @@ fn place_chunk(first: u32, lane: u32) {
         chunk[lane] = e;
         workgroupBarrier();
         var rank = 0u;
-        // Eight at a time: rounds are what llvmpipe runs out of (MAX_CHUNK_LEN in src/kernels/permute.rs).
-        for (var i = 0u; i < lane; i += 8u) {
-            rank += same(i, lane, e) + same(i + 1u, lane, e) + same(i + 2u, lane, e) + same(i + 3u, lane, e)
-                + same(i + 4u, lane, e) + same(i + 5u, lane, e) + same(i + 6u, lane, e) + same(i + 7u, lane, e);
+        for (var i = 0u; i < lane; i += 4u) {
+            let same = vec4<u32>(chunk[i], chunk[i + 1u], chunk[i + 2u], chunk[i + 3u]) == vec4<u32>(e);
+            let earlier = vec4<u32>(i, i + 1u, i + 2u, i + 3u) < vec4<u32>(lane);
+            let hits = select(vec4<u32>(0u), vec4<u32>(1u), same & earlier);
+            rank += hits.x + hits.y + hits.z + hits.w;
         }
         var row = DROPPED;
         if e < params.num_experts { row = atomicLoad(&next_row[e]) + rank; }

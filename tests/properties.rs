@@ -103,9 +103,9 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 assert_eq!(u64::from(params.chunk_len) % lanes, 0);
                 let experts = dispatch.kernel.overrides.iter().find(|o| o.0 == "NUM_EXPERTS").expect("it has one").1;
                 assert!(experts >= config.num_experts());
-                // llvmpipe ends an invocation's loops after 65,535 rounds in all: 32 to rank the lanes of each round and
+                // llvmpipe ends an invocation's loops after 65,535 rounds in all: 64 to rank the lanes of each round and
                 // the round itself, the count, the tiles with their searches, the experts.
-                let rounds = u64::from(params.chunk_len) / lanes * 33
+                let rounds = u64::from(params.chunk_len) / lanes * 65
                     + assignments.div_ceil(lanes)
                     + u64::from(params.num_tile_slots).div_ceil(workgroups * lanes) * 11
                     + 3 * u64::from(experts.div_ceil(256))
@@ -222,7 +222,7 @@ proptest! {
 
     #[test]
     fn plans_stay_within_the_device(
-        config in prop_oneof![any_config(64), any_config(20_000), any_config(1 << 20)],
+        config in prop_oneof![any_config(64), any_config(20_000), any_config(1 << 17)],
         device in any_device(),
         format in any_format(),
         variant in prop::option::of(prop::sample::select(MatmulVariant::ALL)),

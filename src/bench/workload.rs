@@ -264,7 +264,7 @@ mod tests {
                 Err(Error::InvalidConfig { field: "skew", .. })
             ));
         }
-        let huge = config(1 << 20, 1 << 20, 1024, 1);
+        let huge = config(1 << 17, 1 << 17, 1024, 1);
         assert!(matches!(Workload::new(huge, 0.0, 0), Err(Error::LimitExceeded { .. })));
     }
 }

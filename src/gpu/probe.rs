@@ -19,7 +19,7 @@ impl Gpu {
         loop {
             let seconds = self.best_time(&probe::fma(loops), workgroups, None).await?;
             // Long enough that starting and waiting do not count.
-            if seconds > 0.02 || loops >= 1 << 16 {
+            if seconds > 0.02 || loops >= 1 << 14 {
                 let invocations = u64::from(workgroups) * u64::from(probe::WG_SIZE);
                 return Ok((invocations * u64::from(loops) * probe::FMA_ROUND_FLOPS) as f64 / seconds);
             }

@@ -5,13 +5,6 @@ use super::{Access, Kernel, Stage, bind, wgsl};
 /// Lanes of one workgroup.
 pub const WG_SIZE: u32 = 256;
 
-/// llvmpipe ends all loops of an invocation, without a word, after 65,535 rounds in total. A chunk takes 33 rounds for
-/// each `WG_SIZE` assignments of its own and one for each `WG_SIZE` of all; with these two limits the sum stays below
-/// that, the tiles included.
-const MAX_CHUNK_LEN: u32 = 1 << 18;
-/// Most assignments of one pass.
-pub const MAX_ASSIGNMENTS: u64 = 1 << 22;
-
 /// Workgroup memory is sized for `num_experts`.
 pub fn kernel(num_experts: u32) -> Kernel {
     Kernel {
@@ -32,10 +25,16 @@ pub fn kernel(num_experts: u32) -> Kernel {
     }
 }
 
+/// Most assignments of one dispatch. Mesa's llvmpipe silently ends every loop of an invocation once it has run 65,535
+/// iterations in all: counting 2^23 assignments takes 32,768 of them, placing a chunk of 2^16 another 17,000.
+pub const MAX_ASSIGNMENTS: u32 = 1 << 23;
+/// Most assignments of one workgroup, for the same reason.
+const MAX_CHUNK: u32 = 1 << 16;
+
 /// Assignments for each workgroup. Every workgroup counts all assignments, so their number is kept small:
-/// `max_workgroups` is about what the device runs at once.
+/// `max_workgroups` is about what the device runs at once, and only large batches take more.
 pub fn chunk_len(num_assignments: u32, max_workgroups: u32) -> u32 {
-    num_assignments.div_ceil(max_workgroups).next_multiple_of(WG_SIZE).min(MAX_CHUNK_LEN)
+    num_assignments.div_ceil(max_workgroups).next_multiple_of(WG_SIZE).min(MAX_CHUNK)
 }
 
 /// Workgroups for `num_assignments` assignments.

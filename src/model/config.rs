@@ -8,8 +8,9 @@ use crate::model::routing::Routing;
 pub const MAX_EXPERTS: u32 = 1024;
 /// Most experts for a token.
 pub const MAX_TOP_K: u32 = 32;
-/// Largest hidden or intermediate size.
-pub const MAX_SIZE: u32 = 1 << 20;
+/// Largest hidden or intermediate size: a dot product of that length takes 32,768 iterations of a kernel's loop, and
+/// Mesa's llvmpipe silently stops at 65,535.
+pub const MAX_SIZE: u32 = 1 << 17;
 
 /// A layer's sizes and semantics. Every value of this type describes a layer that can exist.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,7 +24,7 @@ pub struct MoeConfig {
 }
 
 impl MoeConfig {
-    /// Checks the sizes: each at least 1, `hidden_size` and `intermediate_size` at most 2^20,
+    /// Checks the sizes: each at least 1, `hidden_size` and `intermediate_size` at most 2^17,
     /// `num_experts` at most 1024, `top_k` at most `min(num_experts, 32)`.
     pub fn new(
         hidden_size: u32,

@@ -177,13 +177,7 @@ impl LayerPlan {
         let (mut fits, mut too_many) = (1u32, 1 << 24);
         while too_many - fits > 1 {
             let middle = fits + (too_many - fits) / 2;
-            let assignments = u64::from(middle) * u64::from(self.config.top_k());
-            let sorts = assignments <= permute::MAX_ASSIGNMENTS;
-            if sorts && largest(middle).bytes <= limit && self.plan(middle).is_ok() {
-                fits = middle
-            } else {
-                too_many = middle
-            }
+            if largest(middle).bytes <= limit && self.plan(middle).is_ok() { fits = middle } else { too_many = middle }
         }
         // Passes over a caller's buffer start at multiples of max_tokens, and offsets have to be multiples of 256 bytes:
         // 64 elements, which are this many tokens.
@@ -207,6 +201,9 @@ impl LayerPlan {
             .checked_mul(c.top_k())
             .ok_or_else(|| over_limit("assignments", u64::from(num_tokens) * u64::from(c.top_k()), u32::MAX.into()))?;
         self.request.check_tokens(num_tokens)?;
+        if num_assignments > permute::MAX_ASSIGNMENTS {
+            return Err(over_limit("assignments of one pass", num_assignments.into(), permute::MAX_ASSIGNMENTS.into()));
+        }
         let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
         let slots = tile_slots(num_assignments.into(), c.num_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.

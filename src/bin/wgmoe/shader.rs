@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn broken_wgsl_is_an_error_that_shows_the_place() {
-        let error = parse("fn f() { let x = y; }").err().expect("y is unknown").to_string();
+        let error = parse("fn f() { let x = y; }").expect_err("y is unknown").to_string();
         assert!(error.contains('y') && error.contains("let x"), "{error}");
     }
 }
