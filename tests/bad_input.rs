@@ -281,6 +281,56 @@ fn plan(config: &MoeConfig, device: &DeviceProfile, request: MatmulRequest) -> R
     LayerPlan::new(config, WeightFormat::F32, device, &request)
 }
 
+/// Sizes whose loops llvmpipe would end early, with a wrong result.
+#[test]
+fn loops_that_software_drivers_end_early() {
+    let gpu = DeviceProfile { max_storage_binding: 1 << 30, max_buffer: 1 << 30, ..DeviceProfile::webgpu_floor() };
+    let software = DeviceProfile { software: true, ..gpu.clone() };
+    for (sizes, fits) in [
+        ([100_000, 8, 4, 1], true),
+        ([8, 100_000, 4, 1], true),
+        ([130_000, 8, 4, 1], false),
+        ([8, 130_000, 4, 1], false),
+        ([16_384, 8, 1024, 1], true),
+        ([80_000, 8, 1024, 1], false),
+    ] {
+        let config = config(sizes, true);
+        plan(&config, &gpu, MatmulRequest::default()).expect("a GPU runs it");
+        let result = plan(&config, &software, MatmulRequest::default());
+        if fits {
+            result.unwrap_or_else(|error| panic!("{sizes:?}: {error}"));
+        } else {
+            assert_error!(result, Error::LimitExceeded { .. });
+        }
+    }
+}
+
+/// The longest loops that are let through.
+#[test]
+fn the_longest_loops_run_to_their_end() {
+    let Some(context) = gpu_context() else { return };
+    // Ones everywhere: a sum of n ones is n, and what a loop left out is missing.
+    for (sizes, tokens) in [([119_996, 4, 2, 1], 1), ([4, 119_996, 2, 1], 1), ([4, 119_996, 2, 1], 20)] {
+        let [h, i, e, _] = sizes.map(|n| n as usize);
+        let config = config(sizes, true);
+        let weights = MoeWeights {
+            router: vec![0.0; e * h],
+            router_bias: None,
+            gate_proj: vec![1.0 / 64.0; e * i * h],
+            up_proj: vec![1.0 / 64.0; e * i * h],
+            down_proj: vec![1.0; e * h * i],
+        };
+        for matmul in support::variants(&context) {
+            let options = LayerOptions { matmul: Some(matmul), ..LayerOptions::default() };
+            let layer = MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("it fits");
+            let y = layer.forward(&vec![1.0; tokens * h]).expect("the input is valid");
+            let sum = h as f64 / 64.0;
+            let expected = i as f64 * sum * sum / (1.0 + (-sum).exp());
+            support::assert_close(matmul.name(), &y, &vec![expected; y.len()], |_| 1e-4 * expected);
+        }
+    }
+}
+
 #[test]
 fn variants_and_tiles_that_the_device_cannot_run() {
     let (config, _) = small();

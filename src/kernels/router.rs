@@ -37,6 +37,13 @@ pub fn k_lanes(num_experts: u32) -> u32 {
     (WG_SIZE / num_experts.div_ceil(EXPERTS).next_power_of_two().min(WG_SIZE)).clamp(1, 32)
 }
 
+/// Rounds of a lane's loops over the inputs, all its experts together.
+pub fn rounds(num_experts: u32, hidden_size: u32) -> u64 {
+    let k_lanes = k_lanes(num_experts);
+    let blocks = num_experts.div_ceil(EXPERTS * (WG_SIZE / k_lanes));
+    u64::from(blocks) * u64::from(hidden_size.div_ceil(4).div_ceil(k_lanes))
+}
+
 /// Workgroups for `num_tokens` tokens.
 pub fn workgroups(num_tokens: u32) -> u64 {
     u64::from(num_tokens.div_ceil(TOKENS))

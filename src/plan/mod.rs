@@ -85,6 +85,7 @@ impl LayerPlan {
     ) -> Result<Self> {
         device.check_floor()?;
         request.check(device)?;
+        check_rounds(config, device)?;
         let limit = device.max_buffer_bytes();
         let page = |rows: u32, inputs: u32| {
             let row_bytes = u64::from(pad4(inputs)) * u64::from(format.bits()) / 8;
@@ -306,6 +307,27 @@ impl Plan {
 pub fn tile_slots(assignments: u64, num_experts: u32, tile_m: u32) -> u64 {
     let experts = u64::from(num_experts).min(assignments);
     (assignments + experts * (u64::from(tile_m) - 1)) / u64::from(tile_m)
+}
+
+/// llvmpipe ends all loops of an invocation, without a word, after 65,535 rounds in total. The longest are those over
+/// the inputs: in the tiled matmul two rounds for each vec4, in the router one for each vec4 of a lane's experts.
+fn check_rounds(config: &MoeConfig, device: &DeviceProfile) -> Result<()> {
+    const MAX_ROUNDS: u64 = 60_000; // leaves room for the short loops
+    if !device.software {
+        return Ok(());
+    }
+    let k4 = |inputs: u32| u64::from(inputs.div_ceil(4));
+    let router = router::rounds(config.num_experts(), config.hidden_size());
+    let matmul = 2 * k4(config.hidden_size()).max(k4(config.intermediate_size()));
+    if router.max(matmul) > MAX_ROUNDS {
+        return Err(Error::LimitExceeded {
+            what: "the longest loop of a kernel, in rounds,".to_owned(),
+            required: router.max(matmul),
+            available: MAX_ROUNDS,
+            hint: "software drivers end longer loops early; use a GPU or the embedded CPU engine",
+        });
+    }
+    Ok(())
 }
 
 fn over_limit(what: &str, required: u64, available: u64) -> Error {
