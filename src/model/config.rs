@@ -8,8 +8,7 @@ use crate::model::routing::Routing;
 pub const MAX_EXPERTS: u32 = 1024;
 /// Most experts for a token.
 pub const MAX_TOP_K: u32 = 32;
-/// Largest hidden or intermediate size: a dot product of that length takes 32,768 iterations of a kernel's loop, and
-/// Mesa's llvmpipe silently stops at 65,535.
+/// Largest hidden or intermediate size: several times that of any published layer.
 pub const MAX_SIZE: u32 = 1 << 17;
 
 /// A layer's sizes and semantics. Every value of this type describes a layer that can exist.
