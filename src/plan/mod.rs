@@ -303,6 +303,15 @@ impl Plan {
     }
 }
 
+/// Whether a device with no more than WebGPU's limits would have to cut this layer into several weight pages, or this
+/// batch into several passes, or could not run it at all.
+pub fn exceeds_webgpu_limits(config: &MoeConfig, format: WeightFormat, num_tokens: u32) -> bool {
+    match LayerPlan::new(config, format, &DeviceProfile::webgpu_floor(), &MatmulRequest::default()) {
+        Ok(plan) => plan.gate_up_pages.len() + plan.down_pages.len() > 2 || plan.max_tokens < num_tokens,
+        Err(_) => true,
+    }
+}
+
 /// Most tiles that `assignments` rows can make: `sum of ceil(n_e / tile_m)` over the experts, whatever the routing.
 pub fn tile_slots(assignments: u64, num_experts: u32, tile_m: u32) -> u64 {
     let experts = u64::from(num_experts).min(assignments);

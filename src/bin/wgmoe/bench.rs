@@ -1,7 +1,7 @@
 //! `wgmoe bench`: how fast the layer is here, after checking that it is right.
 
 use crate::output::{Output, Status};
-use crate::{Limits, Matmul, Verdict, bench_table, open, unusable};
+use crate::{Matmul, Verdict, bench_table, open, unusable, widen};
 use anyhow::Context as _;
 use clap::builder::PossibleValuesParser;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use wgmoe::bench::measure::describe;
 use wgmoe::bench::presets::{self, DEFAULT_TOKENS, Preset};
 use wgmoe::bench::results::{DeviceResult, Failure, Results, RooflineResult, SCHEMA};
 use wgmoe::bench::{Bench, Outcome, Progress, Row, Workload, memory};
+use wgmoe::plan::exceeds_webgpu_limits;
 use wgmoe::{DeviceChoice, MoeConfig, WeightFormat};
 
 /// Time for the runs of one row.
@@ -73,8 +74,13 @@ struct Job {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     check(args)?;
-    let context = open(&device, Limits::All, output)?;
+    let context = open(&device, output)?;
     let jobs = jobs(args, &context)?;
+    let needs_more = |job: &Job| {
+        let tokens = job.tokens.iter().copied().max().unwrap_or(1);
+        job.preset.config().is_ok_and(|config| exceeds_webgpu_limits(&config, args.weights, tokens))
+    };
+    let context = widen(context, &device, jobs.iter().any(needs_more), output)?;
 
     let status = Status::new();
     status.set("measuring what this device can reach at best");

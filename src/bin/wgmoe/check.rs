@@ -2,7 +2,7 @@
 
 use crate::bench_table::plain_table;
 use crate::output::{Output, Status};
-use crate::{Limits, Matmul, Verdict, must_exist, open, unusable};
+use crate::{Matmul, Verdict, must_exist, open, unusable};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use wgmoe::golden::{self, GoldenCase};
@@ -74,7 +74,7 @@ struct Report {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     let files = files(&args.paths)?;
-    let context = open(&device, Limits::Default, output)?;
+    let context = open(&device, output)?;
     let cases = if args.paths.is_empty() {
         check_kernels(&context, output)?
     } else {

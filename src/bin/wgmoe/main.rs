@@ -116,27 +116,25 @@ fn device_choice(option: Option<&str>) -> anyhow::Result<DeviceChoice> {
     wanted.parse().map_err(|error| unusable(format!("--device {wanted}: {error}")))
 }
 
-/// What to ask of the device.
-#[derive(Clone, Copy, Debug)]
-enum Limits {
-    /// What WebGPU guarantees everywhere: what is right with these is right on any device.
-    Default,
-    /// All that there is: for speed and for large layers.
-    All,
-}
-
-/// Opens the device and says which one and why.
-fn open(choice: &DeviceChoice, limits: Limits, output: &mut Output) -> anyhow::Result<Context> {
-    let context = match limits {
-        Limits::Default => Context::new(choice)?,
-        Limits::All => Context::with_all_limits(choice)?,
-    };
+/// Opens the device with the limits that WebGPU guarantees, and says which one and why: what is right with these is
+/// right on any device.
+fn open(choice: &DeviceChoice, output: &mut Output) -> anyhow::Result<Context> {
+    let context = Context::new(choice)?;
     let device = context.device();
     let detail: Vec<&str> =
         [&device.backend, &device.driver].into_iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
     output.line(&format!("device: {} ({})", device.name, detail.join(", ")));
     output.line(&format!("        {}", context.choice_reason()));
     Ok(context)
+}
+
+/// The same device with all the limits it has, if a layer needs more than WebGPU guarantees.
+fn widen(context: Context, choice: &DeviceChoice, needed: bool, output: &mut Output) -> anyhow::Result<Context> {
+    if !needed || context.gpu().is_none() {
+        return Ok(context);
+    }
+    output.line("        opened with all its limits: WebGPU's defaults would cut the layer into pages or passes");
+    Ok(Context::with_all_limits(choice)?)
 }
 
 /// A path given as an argument must exist; what is in it is another matter.

@@ -2,13 +2,14 @@
 
 use crate::bench_table::{number, seconds};
 use crate::output::Output;
-use crate::{Limits, Verdict, must_be_writable, must_exist, open, unusable};
+use crate::{Verdict, must_be_writable, must_exist, open, unusable, widen};
 use anyhow::Context as _;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use wgmoe::bench::results::temporary_name;
 use wgmoe::model::checkpoint::{read_tensor, write_tensor};
+use wgmoe::plan::exceeds_webgpu_limits;
 use wgmoe::{Checkpoint, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat};
 
 /// Name of the tensor in the file that is written.
@@ -77,7 +78,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     if let Some(family) = &args.family {
         must_exist("--family", family)?;
     }
-    let context = open(&device, Limits::All, output)?;
+    let context = open(&device, output)?;
 
     let started = Instant::now();
     let family = args.family.as_deref().map(Family::from_file).transpose()?;
@@ -87,6 +88,9 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let (x, shape) = read_tensor(&input, tensor.as_deref())?;
     check_shape(&input, tensor.as_deref(), &shape, loaded.config.hidden_size())?;
     let load_s = started.elapsed().as_secs_f64();
+    let num_tokens = u32::try_from(x.len() / loaded.config.hidden_size() as usize).unwrap_or(u32::MAX);
+    let needed = exceeds_webgpu_limits(&loaded.config, args.weights, num_tokens);
+    let context = widen(context, &device, needed, output)?;
 
     let started = Instant::now();
     let options = LayerOptions { weights: args.weights, ..Default::default() };
