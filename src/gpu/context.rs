@@ -19,6 +19,7 @@ const DEADLINE: Duration = Duration::from_secs(300);
 #[derive(Clone)]
 pub struct Gpu {
     inner: Arc<Inner>,
+    counters: Arc<Counters>,
 }
 
 struct Inner {
@@ -29,7 +30,6 @@ struct Inner {
     faults: Arc<Faults>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     deadline: Mutex<Duration>,
-    counters: Counters,
 }
 
 /// What the device reported outside of any scope of ours.
@@ -39,7 +39,7 @@ struct Faults {
     uncaptured: Mutex<Option<wgpu::Error>>,
 }
 
-/// Counts since the device was opened.
+/// Counts of one user of a device.
 #[derive(Default)]
 struct Counters {
     allocations: AtomicU64,
@@ -103,9 +103,13 @@ impl Gpu {
             faults: Arc::default(),
             pipelines: Mutex::default(),
             deadline: Mutex::new(DEADLINE),
-            counters: Counters::default(),
         };
-        Self { inner: Arc::new(inner) }
+        Self { inner: Arc::new(inner), counters: Arc::default() }
+    }
+
+    /// The same device with counts of its own, so that layers that share it do not count each other's work.
+    pub(super) fn counting(&self) -> Self {
+        Self { inner: self.inner.clone(), counters: Arc::default() }
     }
 
     /// The wgpu device.
@@ -133,14 +137,14 @@ impl Gpu {
         *lock(&self.inner.deadline) = deadline;
     }
 
-    /// Buffers created so far.
+    /// Buffers created through this handle and its clones so far.
     pub fn allocations(&self) -> u64 {
-        self.inner.counters.allocations.load(Ordering::Relaxed)
+        self.counters.allocations.load(Ordering::Relaxed)
     }
 
-    /// Buffers read back to the host so far.
+    /// Buffers read back to the host through this handle and its clones so far.
     pub fn readbacks(&self) -> u64 {
-        self.inner.counters.readbacks.load(Ordering::Relaxed)
+        self.counters.readbacks.load(Ordering::Relaxed)
     }
 
     pub(super) fn has_timestamps(&self) -> bool {
@@ -197,7 +201,7 @@ impl Gpu {
                 hint: "use fewer tokens or a device with larger limits",
             });
         }
-        self.inner.counters.allocations.fetch_add(1, Ordering::Relaxed);
+        self.counters.allocations.fetch_add(1, Ordering::Relaxed);
         let desc = wgpu::BufferDescriptor { label: Some(label), size: bytes, usage, mapped_at_creation };
         self.scoped(&format!("creating buffer {label} of {bytes} bytes"), |device| device.create_buffer(&desc)).await
     }
@@ -247,7 +251,7 @@ impl Gpu {
     /// error scope as well as to the callback, and without a scope to the caller's handler, which may panic.
     pub(crate) async fn map(&self, buffer: &wgpu::Buffer, mode: wgpu::MapMode) -> Result<Signal> {
         if mode == wgpu::MapMode::Read {
-            self.inner.counters.readbacks.fetch_add(1, Ordering::Relaxed);
+            self.counters.readbacks.fetch_add(1, Ordering::Relaxed);
         }
         let done = Signal::default();
         let notify = done.clone();
