@@ -51,7 +51,7 @@ impl Gpu {
         let group = compiled.bind(self, find).await?;
         let begin = Instant::now();
         let mut best = f64::INFINITY;
-        for run in 0..20 {
+        for run in 0..500 {
             let start = Instant::now();
             let mut encoder = self.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let step = (&compiled.pipeline, &group, [workgroups, 1, 1]);
