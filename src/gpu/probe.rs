@@ -9,7 +9,7 @@ use crate::kernels::{Kernel, probe};
 use std::time::{Duration, Instant};
 
 /// How long each probe may take in all.
-const BUDGET: Duration = Duration::from_millis(250);
+const BUDGET: Duration = Duration::from_millis(80);
 
 impl Gpu {
     /// FLOP/s of multiply-adds in registers, the best of several runs.
