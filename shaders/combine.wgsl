@@ -2,9 +2,11 @@
 //
 //     y[t, :] = sum over j < top_k of topk_weights[t, j] * expert_out[row_of_assignment[t, j], :]
 //
+// for the columns that expert_out holds: all, or hidden_stride of them from first_column on.
+//
 // CPU twin   src/reference/combine.rs
 // Mapping    one invocation = four neighbouring elements of y; workgroup = WG_SIZE such invocations of one token
-// Grid       [num_tokens * ceil(hidden_size / 4 / WG_SIZE)], folded
+// Grid       [num_tokens * ceil(hidden_stride / 4 / WG_SIZE)], folded
 // Requires   hidden_stride a multiple of 4
 // Numerics   f32, j ascending, no atomics: the same bits every time
 
@@ -36,8 +38,9 @@ fn combine(
         sum = fma(vec4<f32>(topk_weights[a]), expert_out[row * hidden4 + column4], sum);
     }
     // y has no padding: the caller's rows are as wide as the layer.
-    let first = token * params.hidden_size + column4 * 4u;
-    let width = params.hidden_size - column4 * 4u;
+    let column = params.first_column + column4 * 4u;
+    let first = token * params.hidden_size + column;
+    let width = params.hidden_size - column;
     y[first] = sum.x;
     if width > 1u { y[first + 1u] = sum.y; }
     if width > 2u { y[first + 2u] = sum.z; }

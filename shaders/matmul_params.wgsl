@@ -6,8 +6,10 @@ struct MatmulParams {
     num_column_tiles: u32, // workgroups side by side for one tile
     first_expert: u32,     // experts of this weight page: first_expert..end_expert
     end_expert: u32,
-    first_column: u32,     // packed columns of this page: first_column..first_column + num_columns
-    num_columns: u32,
+    first_column: u32,     // column of the output that this page's first column is; wraps where that is below 0
+    num_columns: u32,      // packed columns of this page
+    begin_column: u32,     // columns of this page that are due: begin_column..end_column
+    end_column: u32,
     k4: u32,               // length of a packed weight row, in vec4
     x_stride: u32,         // elements from one input row to the next
     out_stride: u32,       // elements from one output row to the next

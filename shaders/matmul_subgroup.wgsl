@@ -46,7 +46,8 @@ fn grouped_matmul(group: u32, invocation: u32) {
     // Quads lane and lane + WG_SIZE of the tile. Past the last column, that again and nothing is stored: broadcasts
     // need every lane.
     let num_quads = params.num_columns / LANE_COLUMNS;
-    let own = (group % params.num_column_tiles) * QUADS * WG_SIZE + lane + vec2<u32>(0u, WG_SIZE);
+    let first_quad = params.begin_column / LANE_COLUMNS + (group % params.num_column_tiles) * QUADS * WG_SIZE;
+    let own = first_quad + lane + vec2<u32>(0u, WG_SIZE);
     let quad = (tile.expert - params.first_expert) * num_quads + min(own, vec2<u32>(num_quads - 1u));
 
     var b0 = zero8();
@@ -97,6 +98,6 @@ fn store8(tile: Tile, first: u32, own: vec2<u32>, sums: Rows8) {
 fn store_row(tile: Tile, i: u32, own: vec2<u32>, sums: Row) {
     if i >= tile.num_rows { return; }
     let columns = own * LANE_COLUMNS;
-    if columns.x < params.num_columns { store_sums(tile_row(tile, i), params.first_column + columns.x, sums.q0); }
-    if columns.y < params.num_columns { store_sums(tile_row(tile, i), params.first_column + columns.y, sums.q1); }
+    if columns.x < params.end_column { store_sums(tile_row(tile, i), params.first_column + columns.x, sums.q0); }
+    if columns.y < params.end_column { store_sums(tile_row(tile, i), params.first_column + columns.y, sums.q1); }
 }

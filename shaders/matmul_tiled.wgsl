@@ -27,9 +27,9 @@ fn grouped_matmul(group: u32, lane: u32) {
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
     if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
-    let first_column = (group % params.num_column_tiles) * TILE_N;
+    let first_column = params.begin_column + (group % params.num_column_tiles) * TILE_N;
     let first_quad = ((tile.expert - params.first_expert) * params.num_columns + first_column) / LANE_COLUMNS;
-    let num_quads = min(TILE_N, params.num_columns - first_column) / LANE_COLUMNS;
+    let num_quads = min(TILE_N, params.end_column - first_column) / LANE_COLUMNS;
 
     let lanes_across = TILE_N / LANE_COLUMNS;
     let across = lane % lanes_across;
@@ -51,7 +51,7 @@ fn grouped_matmul(group: u32, lane: u32) {
     }
 
     let column = first_column + across * LANE_COLUMNS;
-    if column >= params.num_columns { return; }
+    if column >= params.end_column { return; }
     let out = params.first_column + column;
     if first < tile.num_rows { store_sums(tile_row(tile, first), out, sums.r0); }
     if first + 1u < tile.num_rows { store_sums(tile_row(tile, first + 1u), out, sums.r1); }

@@ -19,7 +19,7 @@ fn grouped_matmul(group: u32, lane: u32) {
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
     if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
-    let column = ((group % params.num_column_tiles) * (WG_SIZE / K_LANES) + lane / K_LANES) * LANE_COLUMNS;
+    let column = params.begin_column + ((group % params.num_column_tiles) * (WG_SIZE / K_LANES) + lane / K_LANES) * LANE_COLUMNS;
     let quad = ((tile.expert - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
@@ -47,7 +47,7 @@ fn grouped_matmul(group: u32, lane: u32) {
         sums.r2 = reduce_k_lanes(sums.r2, lane);
         sums.r3 = reduce_k_lanes(sums.r3, lane);
     }
-    if lane % K_LANES != 0u || column >= params.num_columns { return; }
+    if lane % K_LANES != 0u || column >= params.end_column { return; }
     let out = params.first_column + column;
     store_sums(tile_row(tile, 0u), out, sums.r0);
     if tile.num_rows > 1u { store_sums(tile_row(tile, 1u), out, sums.r1); }

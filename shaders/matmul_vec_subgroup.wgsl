@@ -21,7 +21,7 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let tile = find_tile(slot);
     if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
     let lane = subgroupExclusiveAdd(1u);
-    let column = ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
+    let column = params.begin_column + ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
     // Lanes past the last column compute it again and store nothing: broadcasts need every lane.
     let quad = ((tile.expert - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
@@ -48,7 +48,7 @@ fn grouped_matmul(group: u32, invocation: u32) {
             sums.r3 = step(sums.r3, subgroupBroadcast(x, 3u), w);
         }
     }
-    if column >= params.num_columns { return; }
+    if column >= params.end_column { return; }
     let out = params.first_column + column;
     store_sums(tile_row(tile, 0u), out, sums.r0);
     if tile.num_rows > 1u { store_sums(tile_row(tile, 1u), out, sums.r1); }

@@ -13,7 +13,7 @@ struct MoeParams {
     hidden_stride: u32,   // elements from one row of expert_out to the next
     chunk_len: u32,       // assignments that one workgroup of permute places
     nan_bits: u32,        // a quiet NaN: WGSL has no way to write one down
-    padding: u32,
+    first_column: u32,    // column of y that the first column of expert_out is
 }
 
 // A row id that no assignment has: the assignment contributes nothing.

@@ -41,6 +41,13 @@ fn sixty_five_thousand_tokens() {
     check(1 << 16, [64, 24, 16, 2], 0.0, None);
 }
 
+/// expert_out would be 256 MiB, twice what WebGPU guarantees for a binding: down and combine run for two slices of its
+/// columns, and the pass still takes seven dispatches.
+#[test]
+fn wide_rows_in_slices() {
+    check(1 << 14, [1024, 4, 8, 4], 0.0, None);
+}
+
 /// Tiles of four rows of one crowded expert: more workgroups than one axis of a grid has.
 #[test]
 fn a_folded_grid() {

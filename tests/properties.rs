@@ -88,6 +88,8 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
         assert_eq!(params.num_tile_slots, params.num_assignments);
     }
     let mut stages = Vec::new();
+    // Columns of y that are done, and columns of all experts that gate_up and down compute.
+    let (mut combined, mut computed) = (0, [0u64; 2]);
     for dispatch in &plan.dispatches {
         let [x, y, z] = dispatch.grid.map(u64::from);
         let workgroups = x * y;
@@ -116,7 +118,11 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
             }
             Stage::Combine => {
                 // Each lane takes four elements.
-                assert!(workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(config.hidden_size()));
+                assert!(
+                    workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(dispatch.params.hidden_stride)
+                );
+                assert_eq!(dispatch.params.first_column, combined, "slices follow each other");
+                combined += dispatch.params.hidden_stride;
                 assert!(tokens * u64::from(config.hidden_size()) <= u64::from(u32::MAX));
             }
             Stage::GateUp | Stage::Down => {
@@ -124,10 +130,21 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 let pages = if stage == Stage::Down { layer.down_pages() } else { layer.gate_up_pages() };
                 let page = pages[page];
                 assert_eq!([uniform.first_expert, uniform.end_expert], [page.first_expert, page.end_expert]);
-                assert_eq!([uniform.first_column, uniform.num_columns], [page.first_column, page.num_columns]);
+                assert_eq!(uniform.num_columns, page.num_columns);
+                assert!(uniform.begin_column < uniform.end_column && uniform.end_column <= page.num_columns);
+                assert_eq!([uniform.begin_column % 4, uniform.end_column % 4], [0, 0]);
+                // In the output, the page's columns stand where the slice has them, within its width.
+                let slice = if stage == Stage::Down { combined } else { 0 };
+                assert_eq!(uniform.first_column, page.first_column.wrapping_sub(slice));
+                let out_width = if stage == Stage::Down { uniform.out_stride } else { 2 * uniform.out_stride };
+                assert!(uniform.first_column.wrapping_add(uniform.end_column) <= out_width);
+                let experts = u64::from(page.end_expert - page.first_expert);
+                computed[usize::from(stage == Stage::Down)] +=
+                    experts * u64::from(uniform.end_column - uniform.begin_column);
                 assert_eq!(uniform.num_tile_slots, params.num_tile_slots);
                 assert!(
-                    u64::from(uniform.num_column_tiles) * u64::from(plan.matmul.tile_n()) >= page.num_columns.into()
+                    u64::from(uniform.num_column_tiles) * u64::from(plan.matmul.tile_n())
+                        >= u64::from(uniform.end_column - uniform.begin_column)
                 );
                 let needed = u64::from(uniform.num_tile_slots) * u64::from(uniform.num_column_tiles);
                 assert!(workgroups >= needed);
@@ -147,7 +164,12 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
         stages.push(stage);
     }
     let names: BTreeSet<&str> = stages.iter().map(|stage| stage.name()).collect();
-    assert!(stages.is_sorted(), "{stages:?}");
+    let next = |pair: &[Stage]| pair[0] <= pair[1] || pair == [Stage::Combine, Stage::Down]; // the next slice
+    assert!(stages.windows(2).all(next), "{stages:?}");
+    let padded = |n: u32| u64::from(n.next_multiple_of(4));
+    assert_eq!(u64::from(combined), padded(config.hidden_size()), "y is complete");
+    let columns = [2 * padded(config.intermediate_size()), padded(config.hidden_size())];
+    assert_eq!(computed, columns.map(|n| n * u64::from(config.num_experts())), "every expert's columns, once");
     assert_eq!(names.contains("permute"), plan.matmul.sorted());
     let costed: Vec<&str> = plan.stages.iter().map(|cost| cost.name).collect();
     assert_eq!(costed.iter().copied().collect::<BTreeSet<_>>(), names);

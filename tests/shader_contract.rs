@@ -125,8 +125,9 @@ macro_rules! fields {
 fn uniform_structs() -> BTreeMap<&'static str, Fields> {
     BTreeMap::from([
         fields!(MoeParams: num_tokens, hidden_size, num_experts, top_k, num_assignments, num_tile_slots, tile_m,
-            renormalize, hidden_stride, chunk_len, nan_bits, padding),
-        fields!(MatmulParams: num_tile_slots, num_column_tiles, first_expert, end_expert, first_column, num_columns, k4,
+            renormalize, hidden_stride, chunk_len, nan_bits, first_column),
+        fields!(MatmulParams: num_tile_slots, num_column_tiles, first_expert, end_expert, first_column, num_columns,
+            begin_column, end_column, k4,
             x_stride, out_stride, num_assignments, num_experts, top_k),
     ])
 }

@@ -124,7 +124,7 @@ impl<'a> Harness<'a> {
         for dispatch in plan.dispatches.iter().filter(|d| d.kernel.stage == stage) {
             let uniform = match &dispatch.matmul {
                 Some((params, _)) => bytemuck::bytes_of(params),
-                None => bytemuck::bytes_of(&plan.params),
+                None => bytemuck::bytes_of(&dispatch.params),
             };
             let uniform = self.gpu.filled_buffer("params", uniform, Usage::UNIFORM).await?;
             let pipeline = pipeline(self.gpu, &dispatch.kernel).await?;

@@ -17,6 +17,8 @@ mod host;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
 const MAX_PASSES: usize = 64;
+/// Bytes of a uniform that are bound: at least those of the larger one.
+const UNIFORM_BYTES: u64 = 64;
 /// Uniforms of one pass share a buffer; each starts at a multiple of this.
 const UNIFORM_ALIGNMENT: u64 = 256;
 /// Bindings that are a part of a storage buffer start at a multiple of this on every device.
@@ -141,7 +143,7 @@ impl GpuLayer {
         for (dispatch, slot) in plan.dispatches.iter().zip(uniforms.chunks_exact_mut(UNIFORM_ALIGNMENT as usize)) {
             let bytes = match &dispatch.matmul {
                 Some((params, _)) => bytemuck::bytes_of(params),
-                None => bytemuck::bytes_of(&plan.params),
+                None => bytemuck::bytes_of(&dispatch.params),
             };
             slot[..bytes.len()].copy_from_slice(bytes);
             pipelines.push(pipeline::pipeline(&self.gpu, &dispatch.kernel).await?);
@@ -180,7 +182,7 @@ impl GpuLayer {
                         return Some(wgpu::BufferBinding {
                             buffer: &pass.uniforms,
                             offset: index as u64 * UNIFORM_ALIGNMENT,
-                            size: std::num::NonZeroU64::new(48),
+                            size: std::num::NonZeroU64::new(UNIFORM_BYTES),
                         });
                     }
                     // down reads what gate_up wrote

@@ -13,10 +13,10 @@ pub fn kernel() -> Kernel {
         parts: vec![wgsl!("moe_params"), wgsl!("combine")],
         bindings: vec![
             bind(0, "params", Access::Uniform),
-            bind(1, "expert_out", Access::Read), // [num_rows, hidden_size padded to 4]
+            bind(1, "expert_out", Access::Read),        // [num_rows, hidden_stride]
             bind(2, "row_of_assignment", Access::Read), // [num_tokens, top_k]
-            bind(3, "topk_weights", Access::Read), // [num_tokens, top_k]
-            bind(4, "y", Access::Write),         // [num_tokens, hidden_size]
+            bind(3, "topk_weights", Access::Read),      // [num_tokens, top_k]
+            bind(4, "y", Access::Write),                // [num_tokens, hidden_size]
         ],
         overrides: vec![("WG_SIZE", WG_SIZE)],
         workgroup_size: WG_SIZE,
@@ -24,7 +24,7 @@ pub fn kernel() -> Kernel {
     }
 }
 
-/// Workgroups for `num_tokens` tokens of `hidden_size` elements.
-pub fn workgroups(num_tokens: u32, hidden_size: u32) -> u64 {
-    u64::from(num_tokens) * u64::from(hidden_size.div_ceil(4 * WG_SIZE))
+/// Workgroups for `num_tokens` tokens and this many columns.
+pub fn workgroups(num_tokens: u32, num_columns: u32) -> u64 {
+    u64::from(num_tokens) * u64::from(num_columns.div_ceil(4 * WG_SIZE))
 }

@@ -28,8 +28,8 @@ pub struct MoeParams {
     pub chunk_len: u32,
     /// A quiet NaN.
     pub nan_bits: u32,
-    /// To a multiple of 16 bytes.
-    pub padding: u32,
+    /// Column of `y` that the first column of `expert_out` is.
+    pub first_column: u32,
 }
 
 /// Uniform of the grouped matmul; one for each stage and weight page.
@@ -44,10 +44,14 @@ pub struct MatmulParams {
     pub first_expert: u32,
     /// One past its last expert.
     pub end_expert: u32,
-    /// First packed column of this page.
+    /// Column of the output that this page's first column is; wraps where that is below 0.
     pub first_column: u32,
     /// Packed columns of this page.
     pub num_columns: u32,
+    /// First column of this page that is due.
+    pub begin_column: u32,
+    /// One past the last that is due.
+    pub end_column: u32,
     /// Length of a packed weight row, in vec4.
     pub k4: u32,
     /// Elements from one input row to the next.

@@ -16,10 +16,13 @@ use crate::model::weights::WeightFormat;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
+use std::ops::Range;
 pub use variant::MatmulRequest;
 
 /// Bits of the NaN that marks a token without a valid routing.
 const QUIET_NAN: u32 = 0x7fc0_0000;
+/// Most slices of `expert_out`: with more, a second pass over the rest of the tokens costs less.
+const MAX_SLICES: u32 = 8;
 /// Bytes of an entry of the tile list.
 const TILE_BYTES: u64 = 12;
 
@@ -55,6 +58,8 @@ pub struct Plan {
 pub struct Dispatch {
     /// What runs.
     pub kernel: Kernel,
+    /// The uniform of router, permute and combine.
+    pub params: MoeParams,
     /// Workgroups, folded.
     pub grid: [u32; 3],
     /// The grouped matmul's uniform and weight page, if it is one.
@@ -158,8 +163,25 @@ impl LayerPlan {
             buffer("row_of_assignment", assignments * 4),
             buffer("tiles", tile_slots * TILE_BYTES),
             buffer("intermediate", assignments * u64::from(pad4(c.intermediate_size())) * 4),
-            buffer("expert_out", assignments * u64::from(pad4(c.hidden_size())) * 4),
+            // Larger ones hold a slice of the columns at a time.
+            buffer("expert_out", (assignments * u64::from(pad4(c.hidden_size())) * 4).min(self.limit())),
         ]
+    }
+
+    /// Bytes of the largest buffer, in whole vec4.
+    fn limit(&self) -> u64 {
+        self.device.max_buffer_bytes() / 16 * 16
+    }
+
+    /// Columns of `expert_out` that are there at a time: all that fit. Down and combine run once for each slice.
+    fn slice_width(&self, num_assignments: u32) -> Result<u32> {
+        let hidden = pad4(self.config.hidden_size());
+        let bytes = |width: u32| u64::from(num_assignments) * u64::from(width) * 4;
+        // A multiple of 8, so that a slice never cuts what a lane owns.
+        (1..=MAX_SLICES)
+            .map(|slices| if slices == 1 { hidden } else { hidden.div_ceil(slices).next_multiple_of(8) })
+            .find(|&width| bytes(width) <= self.limit())
+            .ok_or_else(|| over_limit("expert_out", bytes(hidden) / u64::from(MAX_SLICES), self.limit()))
     }
 
     fn find_max_tokens(&self, limit: u64) -> Result<u32> {
@@ -204,6 +226,7 @@ impl LayerPlan {
         if num_assignments > permute::MAX_ASSIGNMENTS {
             return Err(over_limit("assignments of one pass", num_assignments.into(), permute::MAX_ASSIGNMENTS.into()));
         }
+        let slice_width = self.slice_width(num_assignments)?;
         let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
         let slots = tile_slots(num_assignments.into(), c.num_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.
@@ -217,10 +240,10 @@ impl LayerPlan {
             num_tile_slots,
             tile_m: matmul.tile_m(),
             renormalize: c.routing().renormalize.into(),
-            hidden_stride: pad4(c.hidden_size()),
+            hidden_stride: slice_width,
             chunk_len: permute::chunk_len(num_assignments, self.device.parallel_workgroups()),
             nan_bits: QUIET_NAN,
-            padding: 0,
+            first_column: 0,
         };
         Ok(Plan {
             num_tokens,
@@ -236,7 +259,7 @@ impl LayerPlan {
         let input = Input::of_stride(c.hidden_size());
         let plain = |kernel: Kernel, workgroups: u64| {
             let grid = grid::fold(workgroups, self.device.max_workgroups_per_dimension)?;
-            Ok::<_, Error>(Dispatch { kernel, grid, matmul: None })
+            Ok::<_, Error>(Dispatch { kernel, params: *params, grid, matmul: None })
         };
         let mut dispatches = vec![plain(
             router::kernel(input, router::WG_SIZE, router::k_lanes(c.num_experts())),
@@ -248,33 +271,51 @@ impl LayerPlan {
         }
         let gate_up = gate_up::kernel(matmul, self.format, c.activation(), input);
         let strides = [c.hidden_size(), pad4(c.intermediate_size())];
-        self.matmul_dispatches(&gate_up, &self.gate_up_pages, strides, matmul, params, &mut dispatches)?;
+        let columns = 0..2 * pad4(c.intermediate_size());
+        self.matmul_dispatches(&gate_up, &self.gate_up_pages, columns, strides, matmul, params, &mut dispatches)?;
         let down = down::kernel(matmul, self.format);
-        let strides = [pad4(c.intermediate_size()), pad4(c.hidden_size())];
-        self.matmul_dispatches(&down, &self.down_pages, strides, matmul, params, &mut dispatches)?;
-        dispatches.push(plain(combine::kernel(), combine::workgroups(params.num_tokens, c.hidden_size()))?);
+        let hidden = pad4(c.hidden_size());
+        for first_column in (0..hidden).step_by(params.hidden_stride as usize) {
+            let end_column = hidden.min(first_column + params.hidden_stride);
+            let strides = [pad4(c.intermediate_size()), end_column - first_column];
+            let params = MoeParams { hidden_stride: end_column - first_column, first_column, ..*params };
+            let columns = first_column..end_column;
+            self.matmul_dispatches(&down, &self.down_pages, columns, strides, matmul, &params, &mut dispatches)?;
+            let workgroups = combine::workgroups(params.num_tokens, params.hidden_stride);
+            dispatches.push(Dispatch { params, ..plain(combine::kernel(), workgroups)? });
+        }
         Ok(dispatches)
     }
 
-    /// One dispatch for each page, over all tiles: workgroups whose expert is in another page return at once.
+    /// One dispatch for each page that holds some of `columns`, over all tiles: workgroups whose expert is in another
+    /// page return at once. The output's first column is `columns.start`.
+    #[expect(clippy::too_many_arguments, reason = "each is a different thing, and there are two calls")]
     fn matmul_dispatches(
         &self,
         kernel: &Kernel,
         pages: &[WeightPage],
+        columns: Range<u32>,
         [x_stride, out_stride]: [u32; 2],
         matmul: MatmulChoice,
         params: &MoeParams,
         dispatches: &mut Vec<Dispatch>,
     ) -> Result<()> {
         for (index, page) in pages.iter().enumerate() {
-            let num_column_tiles = page.num_columns.div_ceil(matmul.tile_n());
+            let begin_column = columns.start.saturating_sub(page.first_column);
+            let end_column = columns.end.saturating_sub(page.first_column).min(page.num_columns);
+            if begin_column >= end_column {
+                continue;
+            }
+            let num_column_tiles = (end_column - begin_column).div_ceil(matmul.tile_n());
             let uniform = MatmulParams {
                 num_tile_slots: params.num_tile_slots,
                 num_column_tiles,
                 first_expert: page.first_expert,
                 end_expert: page.end_expert,
-                first_column: page.first_column,
+                first_column: page.first_column.wrapping_sub(columns.start),
                 num_columns: page.num_columns,
+                begin_column,
+                end_column,
                 k4: x_stride.div_ceil(4),
                 x_stride,
                 out_stride,
@@ -284,7 +325,7 @@ impl LayerPlan {
             };
             let workgroups = u64::from(params.num_tile_slots) * u64::from(num_column_tiles);
             let grid = grid::fold(workgroups, self.device.max_workgroups_per_dimension)?;
-            dispatches.push(Dispatch { kernel: kernel.clone(), grid, matmul: Some((uniform, index)) });
+            dispatches.push(Dispatch { kernel: kernel.clone(), params: *params, grid, matmul: Some((uniform, index)) });
         }
         Ok(())
     }
