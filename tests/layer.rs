@@ -3,6 +3,7 @@
 mod support;
 
 use support::{Values, assert_close, assert_same_bits, config, gpu_context, variants};
+use wgmoe::kernels::Stage;
 use wgmoe::reference::{self, Forward, router, router::top_k_indices};
 use wgmoe::wgpu;
 use wgmoe::{
@@ -324,7 +325,7 @@ impl Clone for Case {
     }
 }
 
-/// Cutting weights into pages and batches into passes changes no bit.
+/// Cutting weights into pages, batches into passes and expert_out into slices changes no bit.
 #[test]
 fn pages_and_passes_change_no_bits() {
     let Some(context) = gpu_context() else { return };
@@ -341,7 +342,7 @@ fn pages_and_passes_change_no_bits() {
             };
             let layer = build(&whole);
             let (expected, routing) = (forward(&layer, &x), layer.routing().expect("there was a pass"));
-            let (mut most_pages, mut most_passes, mut column_pages) = (0, 0, false);
+            let (mut most_pages, mut most_passes, mut column_pages, mut sliced) = (0, 0, false, false);
             for limit in [60_000, 30_000, 9_000, 3_000, 2_400] {
                 let name = format!("{} {} limit {limit}", variant.name(), format.name());
                 let options = LayerOptions { max_binding_bytes: Some(limit), ..whole.clone() };
@@ -351,10 +352,14 @@ fn pages_and_passes_change_no_bits() {
                 most_pages = most_pages.max(params.len());
                 column_pages |= params.iter().any(|p| p.first_column > 0);
                 most_passes = most_passes.max(layer.num_passes(num_tokens));
+                // Tokens of a full pass, or a few less.
+                let plan = layer.plan(num_tokens / layer.num_passes(num_tokens) as u32).expect("a pass fits");
+                sliced |= plan.dispatches.iter().any(|d| d.kernel.stage == Stage::Combine && d.params.first_column > 0);
                 assert_same_bits(&name, &forward(&layer, &x), &expected);
                 assert_eq!(layer.routing().expect("there was a pass"), routing, "{name}");
             }
             assert!(most_pages > 12 && column_pages && most_passes > 10, "{most_pages} {column_pages} {most_passes}");
+            assert!(sliced, "no pass had expert_out in slices");
         }
     }
 }
@@ -621,7 +626,7 @@ fn routing_of_a_recorded_batch_of_several_passes_is_refused() {
     let (device, queue) = (gpu.device(), gpu.queue());
     let config = config([16, 8, 4, 2], true);
     let weights = Values(13).weights(&config);
-    let options = LayerOptions { max_binding_bytes: Some(64 * 2 * 16 * 4), ..LayerOptions::default() };
+    let options = LayerOptions { max_binding_bytes: Some(64 * 16 * 4), ..LayerOptions::default() };
     let layer = MoeLayer::with_options(&context, config, &weights, &options).expect("the layer is valid");
     let x = Values(14).floats(100 * 16);
     let (x, y) = (buffer(device, queue, &x), buffer(device, queue, &x));

@@ -476,7 +476,7 @@ mod checkers_can_fail {
             &swapped("    num_tokens: u32,\n    hidden_size: u32,", "    hidden_size: u32,\n    num_tokens: u32,"),
             "MoeParams is",
         );
-        assert_fault(&swapped("    padding: u32,", "    padding: vec4<u32>,"), "MoeParams is");
+        assert_fault(&swapped("    nan_bits: u32,", "    nan_bits: vec4<u32>,"), "MoeParams is");
         assert_fault(&swapped("tile_m: u32, ", "tile_rows: u32, "), "MoeParams is");
         let wrong = edited(kernel("down.tiled.f32"), "matmul_params", "    top_k: u32,\n", "");
         assert_fault(&wrong, "MatmulParams is");
