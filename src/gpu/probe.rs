@@ -5,7 +5,7 @@ use super::layer::submit_and_wait;
 use super::pipeline::pipeline;
 use super::recorder::Recorder;
 use crate::error::Result;
-use crate::kernels::{Kernel, probe};
+use crate::kernels::{Kernel, probe_fma, probe_read};
 use std::time::{Duration, Instant};
 
 /// How long each probe may take in all.
@@ -17,11 +17,11 @@ impl Gpu {
         let workgroups: u32 = if self.profile().software { 64 } else { 4096 };
         let mut loops = 16;
         loop {
-            let seconds = self.best_time(&probe::fma(loops), workgroups, None).await?;
+            let seconds = self.best_time(&probe_fma::kernel(loops), workgroups, None).await?;
             // Long enough that starting and waiting do not count.
             if seconds > 0.02 || loops >= 1 << 14 {
-                let invocations = u64::from(workgroups) * u64::from(probe::WG_SIZE);
-                return Ok((invocations * u64::from(loops) * probe::FMA_ROUND_FLOPS) as f64 / seconds);
+                let invocations = u64::from(workgroups) * u64::from(probe_fma::WG_SIZE);
+                return Ok((invocations * u64::from(loops) * probe_fma::ROUND_FLOPS) as f64 / seconds);
             }
             loops *= 4;
         }
@@ -35,13 +35,13 @@ impl Gpu {
         let data = self.buffer("probe data", bytes, usage).await?;
         let mut best = f64::INFINITY;
         for own_runs in [false, true] {
-            best = best.min(self.best_time(&probe::read(own_runs), workgroups, Some(&data)).await?);
+            best = best.min(self.best_time(&probe_read::kernel(own_runs), workgroups, Some(&data)).await?);
         }
         Ok(bytes as f64 / best)
     }
 
     async fn best_time(&self, kernel: &Kernel, workgroups: u32, data: Option<&wgpu::Buffer>) -> Result<f64> {
-        let bytes = u64::from(workgroups * probe::WG_SIZE) * 16;
+        let bytes = u64::from(workgroups * kernel.workgroup_size) * 16;
         let out = self.buffer("probe out", bytes, wgpu::BufferUsages::STORAGE).await?;
         let compiled = pipeline(self, kernel).await?;
         let find = |name: &'static str| match name {

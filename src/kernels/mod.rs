@@ -9,7 +9,8 @@ pub mod gate_up;
 pub mod matmul;
 pub mod params;
 pub mod permute;
-pub mod probe;
+pub mod probe_fma;
+pub mod probe_read;
 pub mod router;
 
 use crate::model::activation::Activation;
@@ -191,6 +192,6 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     kernels.push(combine::kernel());
-    kernels.extend([probe::fma(256), probe::read(false)]);
+    kernels.extend([probe_fma::kernel(256), probe_read::kernel(false)]);
     kernels
 }

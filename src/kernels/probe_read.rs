@@ -1,27 +1,12 @@
-//! Kernels outside of the pass that measure what the device can do at best. See `shaders/probe_*.wgsl`.
+//! Not part of the pass: how fast the device reads. See `shaders/probe_read.wgsl`.
 
 use super::{Access, Kernel, Stage, bind, wgsl};
 
 /// Lanes of one workgroup.
 pub const WG_SIZE: u32 = 64;
-/// FLOPs of one round of `probe_fma`'s loop: 8 steps of 8 chains of 4 multiply-adds.
-pub const FMA_ROUND_FLOPS: u64 = 8 * 8 * 4 * 2;
-
-/// `loops` rounds of multiply-adds in each invocation.
-pub fn fma(loops: u32) -> Kernel {
-    Kernel {
-        stage: Stage::ProbeFma,
-        label: "probe_fma".to_owned(),
-        parts: vec![wgsl!("probe_fma")],
-        bindings: vec![bind(0, "out", Access::Write)], // [workgroups * WG_SIZE] vec4
-        overrides: vec![("WG_SIZE", WG_SIZE), ("LOOPS", loops)],
-        workgroup_size: WG_SIZE,
-        needs_subgroups: false,
-    }
-}
 
 /// Reads a buffer once: each load side by side with the neighbouring lanes', or each lane a run of its own.
-pub fn read(own_runs: bool) -> Kernel {
+pub fn kernel(own_runs: bool) -> Kernel {
     Kernel {
         stage: Stage::ProbeRead,
         label: "probe_read".to_owned(),
