@@ -381,6 +381,6 @@ fn check_rounds(config: &MoeConfig, device: &DeviceProfile) -> Result<()> {
 }
 
 fn over_limit(what: &str, required: u64, available: u64) -> Error {
-    let hint = "use a device with larger limits, fewer experts or smaller sizes";
+    let hint = "open the device with all its limits (Context::with_all_limits), or use smaller sizes or fewer tokens";
     Error::LimitExceeded { what: what.to_owned(), required, available, hint }
 }
