@@ -8,6 +8,7 @@ use crate::bench::workload::Workload;
 use crate::context::{Context, Engine};
 use crate::cpu::CpuLayer;
 use crate::error::Result;
+use crate::golden;
 use crate::gpu::Gpu;
 use crate::gpu::harness::{Harness, Output, POISON};
 use crate::kernels::Stage;
@@ -21,8 +22,6 @@ use crate::reference::{self, Forward, permute::Permutation, router};
 
 /// Unit roundoff of f32.
 const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
-/// Whole layer: largest error relative to the largest output.
-const LAYER_TOLERANCE: f64 = 1e-5;
 
 /// What became of one kernel on one shape.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,18 +103,19 @@ impl<'a> Case<'a> {
         let mut y = vec![0.0; self.x.len()];
         layer.forward_into(self.x, &mut y)?;
         let most = self.expected.y.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let verdict = compare(&y, &self.expected.y, |_| LAYER_TOLERANCE * most);
+        let verdict = compare(&y, &self.expected.y, |_| golden::TOLERANCE * most);
         Ok(self.report(&format!("cpu.{}", self.format.name()), verdict))
     }
 
     /// Every stage; those that do not depend on the weight format only if `all_stages`.
     async fn check_gpu(&self, gpu: &Gpu, all_stages: bool, checks: &mut Vec<KernelCheck>) -> Result<()> {
         let tokens = (self.x.len() / self.config.hidden_size() as usize) as u32;
+        // The layout of the weights is the same for every choice.
+        let any = LayerPlan::new(self.config, self.format, gpu.profile(), &MatmulRequest::default())?;
+        let harness = Harness::new(gpu, &any, &self.weights).await?;
         for choice in choices(gpu.profile(), tokens) {
             let request = MatmulRequest { variant: None, choice: Some(choice) };
-            let layer_plan = LayerPlan::new(self.config, self.format, gpu.profile(), &request)?;
-            let plan = layer_plan.plan(tokens)?;
-            let harness = Harness::new(gpu, &layer_plan, &self.weights).await?;
+            let plan = LayerPlan::new(self.config, self.format, gpu.profile(), &request)?.plan(tokens)?;
             for &stage in &Stage::ALL {
                 let is_matmul = matches!(stage, Stage::GateUp | Stage::Down);
                 let is_first = choice == MatmulChoice::Tiled { tile_m: 32, tile_n: 64 };

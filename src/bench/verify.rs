@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 /// Largest `max|y - y_ref| / max|y_ref|` that counts as right: 84 units in the last place of an f32, where sums of
 /// thousands of products in f32 usually end below 10.
-pub const TOLERANCE: f64 = 1e-5;
+pub const TOLERANCE: f64 = crate::golden::TOLERANCE;
 
 /// Logits closer than this in relation to the largest are a near-tie that a device may break in its own way.
 const NEAR_TIE: f64 = 1e-5;

@@ -122,11 +122,7 @@ impl<'a> Harness<'a> {
         }
         let mut steps = Vec::new();
         for dispatch in plan.dispatches.iter().filter(|d| d.kernel.stage == stage) {
-            let uniform = match &dispatch.matmul {
-                Some((params, _)) => bytemuck::bytes_of(params),
-                None => bytemuck::bytes_of(&dispatch.params),
-            };
-            let uniform = self.gpu.filled_buffer("params", uniform, Usage::UNIFORM).await?;
+            let uniform = self.gpu.filled_buffer("params", dispatch.uniform(), Usage::UNIFORM).await?;
             let pipeline = pipeline(self.gpu, &dispatch.kernel).await?;
             let find = |name: &'static str| {
                 if let Some(index) = outputs.iter().position(|output| output.name == name) {

@@ -141,10 +141,7 @@ impl GpuLayer {
         let mut pipelines = Vec::new();
         let mut uniforms = vec![0u8; plan.dispatches.len() * UNIFORM_ALIGNMENT as usize];
         for (dispatch, slot) in plan.dispatches.iter().zip(uniforms.chunks_exact_mut(UNIFORM_ALIGNMENT as usize)) {
-            let bytes = match &dispatch.matmul {
-                Some((params, _)) => bytemuck::bytes_of(params),
-                None => bytemuck::bytes_of(&dispatch.params),
-            };
+            let bytes = dispatch.uniform();
             slot[..bytes.len()].copy_from_slice(bytes);
             pipelines.push(pipeline::pipeline(&self.gpu, &dispatch.kernel).await?);
         }

@@ -176,12 +176,13 @@ impl LayerPlan {
     /// Columns of `expert_out` that are there at a time: all that fit. Down and combine run once for each slice.
     fn slice_width(&self, num_assignments: u32) -> Result<u32> {
         let hidden = pad4(self.config.hidden_size());
+        let limit = self.limit();
         let bytes = |width: u32| u64::from(num_assignments) * u64::from(width) * 4;
         // A multiple of 8, so that a slice never cuts what a lane owns.
         (1..=MAX_SLICES)
             .map(|slices| if slices == 1 { hidden } else { hidden.div_ceil(slices).next_multiple_of(8) })
-            .find(|&width| bytes(width) <= self.limit())
-            .ok_or_else(|| over_limit("expert_out", bytes(hidden) / u64::from(MAX_SLICES), self.limit()))
+            .find(|&width| bytes(width) <= limit)
+            .ok_or_else(|| over_limit("expert_out", bytes(hidden) / u64::from(MAX_SLICES), limit))
     }
 
     fn find_max_tokens(&self, limit: u64) -> Result<u32> {
@@ -219,16 +220,15 @@ impl LayerPlan {
         if num_tokens == 0 {
             return Err(Error::config("num_tokens", 0, "at least 1 in a pass"));
         }
-        let num_assignments = num_tokens
-            .checked_mul(c.top_k())
-            .ok_or_else(|| over_limit("assignments", u64::from(num_tokens) * u64::from(c.top_k()), u32::MAX.into()))?;
-        self.request.check_tokens(num_tokens)?;
-        if num_assignments > permute::MAX_ASSIGNMENTS {
-            return Err(over_limit("assignments of one pass", num_assignments.into(), permute::MAX_ASSIGNMENTS.into()));
+        let assignments = u64::from(num_tokens) * u64::from(c.top_k());
+        if assignments > permute::MAX_ASSIGNMENTS.into() {
+            return Err(over_limit("assignments of one pass", assignments, permute::MAX_ASSIGNMENTS.into()));
         }
+        let num_assignments = assignments as u32;
+        self.request.check_tokens(num_tokens)?;
         let slice_width = self.slice_width(num_assignments)?;
         let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
-        let slots = tile_slots(num_assignments.into(), c.num_experts(), matmul.tile_m());
+        let slots = tile_slots(assignments, c.num_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.
         let num_tile_slots = if matmul.sorted() { slots as u32 } else { num_assignments };
         let params = MoeParams {
@@ -328,6 +328,16 @@ impl LayerPlan {
             dispatches.push(Dispatch { kernel: kernel.clone(), params: *params, grid, matmul: Some((uniform, index)) });
         }
         Ok(())
+    }
+}
+
+impl Dispatch {
+    /// The bytes of its uniform.
+    pub(crate) fn uniform(&self) -> &[u8] {
+        match &self.matmul {
+            Some((params, _)) => bytemuck::bytes_of(params),
+            None => bytemuck::bytes_of(&self.params),
+        }
     }
 }
 

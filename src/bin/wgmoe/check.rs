@@ -8,9 +8,6 @@ use std::path::{Path, PathBuf};
 use wgmoe::golden::{self, GoldenCase};
 use wgmoe::{Context, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat, reference};
 
-/// Largest `max|y - y_ref| / max|y_ref|` of a golden case that counts as right.
-const TOLERANCE: f64 = 1e-5;
-
 const EXAMPLES: &str = "\
 Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
 
@@ -176,7 +173,7 @@ fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgm
         let expected = reference::moe_forward(&golden.config, &rounded, &golden.x).y;
         golden.y = expected.iter().map(|&v| v as f32).collect();
     }
-    let verdict = golden::compare(&golden, &y, &routing, TOLERANCE);
+    let verdict = golden::compare(&golden, &y, &routing, golden::TOLERANCE);
     case.max_rel_error = finite(verdict.max_rel_error);
     case.status = if verdict.reason.is_none() { Outcome::Pass } else { Outcome::Fail };
     case.reason = verdict.reason;
