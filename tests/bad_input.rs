@@ -2,7 +2,7 @@
 
 mod support;
 
-use support::{Values, config, gpu_context};
+use support::{Values, config, gpu_context, read_buffer};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest};
 use wgmoe::wgpu;
 use wgmoe::{
@@ -205,16 +205,11 @@ fn run_recorded(layer: &MoeLayer, device: &wgpu::Device, queue: &wgpu::Queue, x:
     let from = buffer(Usage::STORAGE | Usage::COPY_DST);
     queue.write_buffer(&from, 0, bytemuck::cast_slice(x));
     let to = buffer(Usage::STORAGE | Usage::COPY_SRC);
-    let download = buffer(Usage::COPY_DST | Usage::MAP_READ);
     let mut encoder = device.create_command_encoder(&Default::default());
     let num_tokens = (x.len() / layer.config().hidden_size() as usize) as u32;
     layer.record(&mut encoder, &from, &to, num_tokens).expect("the buffers fit");
-    encoder.copy_buffer_to_buffer(&to, 0, &download, 0, to.size());
     queue.submit([encoder.finish()]);
-    download.map_async(wgpu::MapMode::Read, .., |result| result.expect("the buffer can be mapped"));
-    device.poll(wgpu::PollType::wait_indefinitely()).expect("the device answers");
-    let view = download.get_mapped_range(..).expect("it is mapped");
-    bytemuck::pod_collect_to_vec(&view)
+    read_buffer(device, queue, &to)
 }
 
 /// Minus infinity masks an expert, on both engines: weight 0 and no error, as long as another expert is left.

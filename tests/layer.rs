@@ -2,7 +2,7 @@
 
 mod support;
 
-use support::{Values, assert_close, assert_same_bits, config, gpu_context, variants};
+use support::{Values, assert_close, assert_same_bits, config, gpu_context, read_buffer, variants};
 use wgmoe::kernels::Stage;
 use wgmoe::reference::{self, Forward, router, router::top_k_indices};
 use wgmoe::wgpu;
@@ -560,23 +560,6 @@ fn buffer(device: &wgpu::Device, queue: &wgpu::Queue, content: &[f32]) -> wgpu::
     buffer
 }
 
-fn read(device: &wgpu::Device, queue: &wgpu::Queue, buffer: &wgpu::Buffer) -> Vec<f32> {
-    let desc = wgpu::BufferDescriptor {
-        label: None,
-        size: buffer.size(),
-        usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-        mapped_at_creation: false,
-    };
-    let download = device.create_buffer(&desc);
-    let mut encoder = device.create_command_encoder(&Default::default());
-    encoder.copy_buffer_to_buffer(buffer, 0, &download, 0, buffer.size());
-    queue.submit([encoder.finish()]);
-    download.map_async(wgpu::MapMode::Read, .., |result| result.expect("the buffer can be mapped"));
-    device.poll(wgpu::PollType::wait_indefinitely()).expect("the device answers");
-    let view = download.get_mapped_range(..).expect("it is mapped");
-    bytemuck::pod_collect_to_vec(&view)
-}
-
 /// Several passes in one encoder of the caller's, one submit; more tokens than before on the way, so that buffers grow.
 #[test]
 fn recorded_passes_give_the_bits_of_forward() {
@@ -607,7 +590,7 @@ fn recorded_passes_give_the_bits_of_forward() {
             queue.submit([encoder.finish()]);
             let last_experts = layer.routing().expect("there was a pass").topk_experts;
             for (index, (x, y)) in passes.iter().enumerate() {
-                let got = read(&device, &queue, y);
+                let got = read_buffer(&device, &queue, y);
                 let name = format!("{} limit {limit:?} pass {index}", variant.name());
                 assert_same_bits(&name, &got[..x.len()], &forward(&layer, x));
                 assert_same_bits(&format!("{name}: past the end"), &got[x.len()..], &[7.5; 64]);

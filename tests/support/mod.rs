@@ -1,7 +1,7 @@
 //! What the integration tests share: the device, values, comparisons, and the tests that the comparisons can fail.
 
 use std::io::Write;
-use wgmoe::{Activation, Context, DeviceChoice, MatmulVariant, MoeConfig, MoeWeights, Routing, Scores};
+use wgmoe::{Activation, Context, DeviceChoice, MatmulVariant, MoeConfig, MoeWeights, Routing, Scores, wgpu};
 
 /// Every `got[i]` is within `bound(i)` of `want[i]`. Panics with the worst element, measured in bounds.
 #[allow(dead_code, reason = "not every test binary compares floats")]
@@ -32,6 +32,22 @@ pub fn assert_close(name: &str, got: &[f32], want: &[f64], bound: impl Fn(usize)
         want[i],
         bound(i),
     );
+}
+
+/// The floats in a buffer with `BufferUsages::COPY_SRC`, after everything that was submitted before.
+#[allow(dead_code, reason = "not every test binary reads buffers of its own")]
+pub fn read_buffer(device: &wgpu::Device, queue: &wgpu::Queue, buffer: &wgpu::Buffer) -> Vec<f32> {
+    let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+    let desc = wgpu::BufferDescriptor { label: None, size: buffer.size(), usage, mapped_at_creation: false };
+    let download = device.create_buffer(&desc);
+    let mut encoder = device.create_command_encoder(&Default::default());
+    encoder.copy_buffer_to_buffer(buffer, 0, &download, 0, buffer.size());
+    queue.submit([encoder.finish()]);
+    download.map_async(wgpu::MapMode::Read, .., |result| result.expect("the buffer can be mapped"));
+    let timeout = Some(std::time::Duration::from_secs(120));
+    device.poll(wgpu::PollType::Wait { submission_index: None, timeout }).expect("the device answers");
+    let view = download.get_mapped_range(..).expect("it is mapped");
+    bytemuck::pod_collect_to_vec(&view)
 }
 
 /// The GPU that tests run on: the one that `WGMOE_ADAPTER` names, or the best there is, with WebGPU's default limits.
