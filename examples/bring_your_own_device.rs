@@ -27,15 +27,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     println!("device: {}", device.adapter_info().name);
 
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
+    let routing = Routing::softmax(true);
     let [h, i, e, k] = [HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K].map(|n| n as u32);
-    let config = MoeConfig::new(h, i, e, k, routing, Activation::Swiglu)?;
+    let config = MoeConfig::new(h, i, e, k, routing, Activation::SWIGLU)?;
     let weights = MoeWeights {
         router: numbers(1, NUM_EXPERTS * HIDDEN_SIZE),
         router_bias: Some(numbers(2, NUM_EXPERTS)),
         gate_proj: numbers(3, NUM_EXPERTS * INTERMEDIATE_SIZE * HIDDEN_SIZE),
         up_proj: numbers(4, NUM_EXPERTS * INTERMEDIATE_SIZE * HIDDEN_SIZE),
         down_proj: numbers(5, NUM_EXPERTS * HIDDEN_SIZE * INTERMEDIATE_SIZE),
+        ..MoeWeights::default()
     };
 
     // The layer shares the program's device.

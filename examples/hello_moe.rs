@@ -14,15 +14,16 @@ const TOP_K: usize = 2;
 const NUM_TOKENS: usize = 16;
 
 fn main() -> wgmoe::Result<()> {
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
+    let routing = Routing::softmax(true);
     let [h, i, e, k] = [HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K].map(|n| n as u32);
-    let config = MoeConfig::new(h, i, e, k, routing, Activation::Swiglu)?;
+    let config = MoeConfig::new(h, i, e, k, routing, Activation::SWIGLU)?;
     let weights = MoeWeights {
         router: numbers(1, NUM_EXPERTS * HIDDEN_SIZE),
         router_bias: None,
         gate_proj: numbers(2, NUM_EXPERTS * INTERMEDIATE_SIZE * HIDDEN_SIZE),
         up_proj: numbers(3, NUM_EXPERTS * INTERMEDIATE_SIZE * HIDDEN_SIZE),
         down_proj: numbers(4, NUM_EXPERTS * HIDDEN_SIZE * INTERMEDIATE_SIZE),
+        ..MoeWeights::default()
     };
 
     let context = Context::new(&DeviceChoice::from_env())?;

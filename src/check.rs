@@ -15,10 +15,12 @@ use crate::kernels::Stage;
 use crate::kernels::matmul::MatmulChoice;
 use crate::model::activation::Activation;
 use crate::model::config::MoeConfig;
-use crate::model::routing::{Routing, Scores};
+use crate::model::batch::Batch;
+use crate::model::routing::Routing;
 use crate::model::weights::{MoeWeights, WeightFormat};
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
-use crate::reference::{self, Forward, permute::Permutation, router};
+use crate::reference::router::{self, Logits, Router};
+use crate::reference::{self, Forward, permute::Permutation};
 
 /// Unit roundoff of f32.
 const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
@@ -60,8 +62,8 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
     let total = SHAPES.len() * WeightFormat::ALL.len();
     let mut checks = Vec::new();
     for (index, &(tokens, hidden, intermediate, experts, top_k, skew)) in SHAPES.iter().enumerate() {
-        let routing = Routing { scores: Scores::Softmax, renormalize: index % 2 == 0 };
-        let config = MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::Swiglu)?;
+        let routing = Routing::softmax(index % 2 == 0);
+        let config = MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::SWIGLU)?;
         let mut workload = Workload::new(config, skew, 7 + index as u64)?;
         if index % 3 == 0 {
             workload.weights.router_bias = Some((0..experts).map(|e| (e % 7) as f32 * 0.125 - 0.375).collect());
@@ -161,13 +163,19 @@ impl<'a> Case<'a> {
         let logits = floats(&out[0]);
         let bias = self.weights.router_bias.as_deref();
         // sum |x| |w| of each logit bounds its rounding
-        let magnitude = router::router_logits(c, &abs(&self.weights.router), bias.map(abs).as_deref(), &abs(self.x));
+        let magnitudes = MoeWeights {
+            router: abs(&self.weights.router),
+            router_bias: bias.map(abs),
+            ..MoeWeights::default()
+        };
+        let magnitude = router::router_logits(c, &magnitudes, &Batch::from(&abs(self.x))).experts;
         let verdict = compare(&logits, &self.expected.router.router_logits, |i| sum_bound(h + 1, magnitude[i]));
         if verdict.reason.is_some() {
             return Ok(verdict);
         }
         // Near-ties may go either way in the logits; of its own logits the device must make exactly the right choice.
-        let own = router::route(c, logits.iter().map(|&l| f64::from(l)).collect());
+        let experts = logits.iter().map(|&l| f64::from(l)).collect();
+        let own = router::route(c, &self.weights, Logits { experts, shared: Vec::new() }, &Batch::from(self.x));
         if let Some(at) = (0..t * k).find(|&i| own.topk_experts[i] != out[1][i]) {
             return Ok(Verdict::failed(format!(
                 "choice {} of token {} is expert {}, expected {}",
@@ -281,9 +289,12 @@ impl<'a> Case<'a> {
         // What the kernel reads is f32, so the reference gets the same rounded values.
         let rounded: Vec<f32> = self.expected.intermediate.iter().map(|&v| v as f32).collect();
         let exact: Vec<f64> = rounded.iter().map(|&v| f64::from(v)).collect();
-        let expected = reference::down::down(c, &self.weights.down_proj, &exact, permutation);
+        let experts: Vec<usize> =
+            (0..permutation.assignment_of_row.len()).map(|row| permutation.expert_of_row(row)).collect();
+        let down = |weights: &[f32], v: &[f64]| reference::down::down([h, i], weights, None, v, experts.clone());
+        let expected = down(&self.weights.down_proj, &exact);
         let magnitudes: Vec<f64> = exact.iter().map(|v| v.abs()).collect();
-        let magnitude = reference::down::down(c, &abs(&self.weights.down_proj), &magnitudes, permutation);
+        let magnitude = down(&abs(&self.weights.down_proj), &magnitudes);
 
         let rows = self.rows(plan);
         let mut x = vec![0.0f32; rows.len() * i.next_multiple_of(4)];
@@ -323,9 +334,11 @@ impl<'a> Case<'a> {
         let weights: Vec<f32> = self.expected.router.topk_weights.iter().map(|&v| v as f32).collect();
         let exact = |values: &[f32], f: fn(f64) -> f64| values.iter().map(|&v| f(f64::from(v))).collect::<Vec<f64>>();
         let same = |v: f64| v;
-        let expected = reference::combine::combine(c, &exact(&rounded, same), &exact(&weights, same), permutation);
-        let magnitude =
-            reference::combine::combine(c, &exact(&rounded, f64::abs), &exact(&weights, f64::abs), permutation);
+        let combine = |f: fn(f64) -> f64| {
+            let router = Router { topk_weights: exact(&weights, f), ..self.expected.router.clone() };
+            reference::combine::combine(c, &exact(&rounded, f), &[], &router, permutation)
+        };
+        let (expected, magnitude) = (combine(same), combine(f64::abs));
         let mut expert_out = Vec::new();
         for row in rounded.chunks_exact(h) {
             expert_out.extend_from_slice(row);

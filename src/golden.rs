@@ -286,8 +286,8 @@ mod tests {
 
     /// 2 tokens, 2 of 3 experts, hidden size 2. Only what [`compare`] looks at is meaningful.
     fn case() -> (GoldenCase, Vec<f32>, RoutingDecision) {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        let config = MoeConfig::new(2, 1, 3, 2, routing, Activation::Swiglu).expect("valid sizes");
+        let routing = Routing::softmax(true);
+        let config = MoeConfig::new(2, 1, 3, 2, routing, Activation::SWIGLU).expect("valid sizes");
         let y = vec![1.0, -2.0, 0.5, 0.25];
         let case = GoldenCase {
             file: PathBuf::from("case"),
@@ -300,6 +300,7 @@ mod tests {
                 gate_proj: vec![],
                 up_proj: vec![],
                 down_proj: vec![],
+                ..MoeWeights::default()
             },
             x: vec![0.0; 4],
             num_tokens: 2,

@@ -34,14 +34,15 @@ pub struct LayerOptions {
 /// ```
 /// use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
 ///
-/// let routing = Routing { scores: Scores::Softmax, renormalize: true };
-/// let config = MoeConfig::new(8, 4, 2, 1, routing, Activation::Swiglu)?; // hidden, intermediate, experts, top-k
+/// let routing = Routing::softmax(true);
+/// let config = MoeConfig::new(8, 4, 2, 1, routing, Activation::SWIGLU)?; // hidden, intermediate, experts, top-k
 /// let weights = MoeWeights {
 ///     router: vec![0.1; 2 * 8],
 ///     router_bias: None,
 ///     gate_proj: vec![0.1; 2 * 4 * 8],
 ///     up_proj: vec![0.1; 2 * 4 * 8],
 ///     down_proj: vec![0.1; 2 * 8 * 4],
+///     ..MoeWeights::default()
 /// };
 /// let context = Context::new(&DeviceChoice::Auto)?;
 /// let layer = MoeLayer::new(&context, config, &weights)?;
@@ -196,11 +197,8 @@ impl MoeLayer {
         match &self.engine {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.routing())),
             LayerEngine::Cpu(cpu) => Ok(lock(&cpu.last).routing.clone().unwrap_or_else(|| RoutingDecision {
-                num_tokens: 0,
-                topk_experts: Vec::new(),
-                topk_weights: Vec::new(),
-                router_logits: Vec::new(),
                 tokens_per_expert: vec![0; self.config.num_experts() as usize],
+                ..RoutingDecision::default()
             })),
         }
     }

@@ -18,8 +18,8 @@
 //! ```
 //! use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
 //!
-//! let routing = Routing { scores: Scores::Softmax, renormalize: true };
-//! let config = MoeConfig::new(64, 32, 8, 2, routing, Activation::Swiglu)?; // hidden, intermediate, experts, top-k
+//! let routing = Routing::softmax(true);
+//! let config = MoeConfig::new(64, 32, 8, 2, routing, Activation::SWIGLU)?; // hidden, intermediate, experts, top-k
 //! let numbers = |len: usize| (0..len).map(|n| (n * 7919 % 1009) as f32 / 504.5 - 1.0).collect::<Vec<f32>>();
 //! let weights = MoeWeights {
 //!     router: numbers(8 * 64),         // [experts, hidden]
@@ -27,6 +27,7 @@
 //!     gate_proj: numbers(8 * 32 * 64), // [experts, intermediate, hidden]
 //!     up_proj: numbers(8 * 32 * 64),
 //!     down_proj: numbers(8 * 64 * 32), // [experts, hidden, intermediate]
+//!     ..MoeWeights::default()
 //! };
 //! let context = Context::new(&DeviceChoice::Auto)?; // a GPU, or the CPU engine where there is none
 //! let layer = MoeLayer::new(&context, config, &weights)?;
@@ -87,11 +88,16 @@ pub use error::{Error, Result};
 pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, StageTime, adapters};
 pub use kernels::matmul::{MatmulChoice, MatmulVariant};
 pub use layer::{LayerOptions, MoeLayer};
-pub use model::activation::Activation;
+pub use model::activation::{Activation, Form, Function};
+pub use model::batch::{Batch, Front};
 pub use model::checkpoint::{Checkpoint, LoadedLayer};
-pub use model::config::MoeConfig;
+pub use model::config::{LayerExtras, MoeConfig, Norm, SharedExperts, SharedGate, SpecialKind};
 pub use model::family::Family;
-pub use model::routing::{Routing, RoutingDecision, Scores};
-pub use model::weights::{MoeWeights, WeightFormat};
+pub use model::routing::{
+    Capacity, CapacityLimit, DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing,
+    RoutingDecision, Scores, Selection,
+};
+pub use model::statistics::Statistics;
+pub use model::weights::{ExtraWeights, MoeWeights, WeightFormat};
 pub use plan::Plan;
 pub use wgpu;

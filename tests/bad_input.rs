@@ -41,8 +41,8 @@ macro_rules! assert_error {
 #[test]
 fn sizes_that_no_layer_has() {
     let new = |h, i, e, k| {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        MoeConfig::new(h, i, e, k, routing, Activation::Swiglu)
+        let routing = Routing::softmax(true);
+        MoeConfig::new(h, i, e, k, routing, Activation::SWIGLU)
     };
     for (field, sizes) in [
         ("hidden_size", [0, 1, 1, 1]),
@@ -314,6 +314,7 @@ fn the_longest_loops_run_to_their_end() {
             gate_proj: vec![1.0 / 64.0; e * i * h],
             up_proj: vec![1.0 / 64.0; e * i * h],
             down_proj: vec![1.0; e * h * i],
+            ..MoeWeights::default()
         };
         for matmul in support::variants(&context) {
             let options = LayerOptions { matmul: Some(matmul), ..LayerOptions::default() };

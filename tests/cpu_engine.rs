@@ -28,8 +28,8 @@ impl Values {
 }
 
 fn config([hidden, intermediate, experts, top_k]: [u32; 4], renormalize: bool) -> MoeConfig {
-    let routing = Routing { scores: Scores::Softmax, renormalize };
-    MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::Swiglu).expect("the sizes are valid")
+    let routing = Routing::softmax(renormalize);
+    MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::SWIGLU).expect("the sizes are valid")
 }
 
 fn weights(config: &MoeConfig, values: &mut Values) -> MoeWeights {
@@ -43,6 +43,7 @@ fn weights(config: &MoeConfig, values: &mut Values) -> MoeWeights {
         gate_proj: scaled(e * i * h, h),
         up_proj: scaled(e * i * h, h),
         down_proj: scaled(e * h * i, i),
+        ..MoeWeights::default()
     }
 }
 

@@ -48,6 +48,7 @@ fn weights() -> MoeWeights {
         gate_proj: vec![1.0; 8],
         up_proj: vec![1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0],
         down_proj: vec![1.0, 0.0, 1.0, 1.0, 1.0, 2.0, 1.0, 3.0],
+        ..MoeWeights::default()
     }
 }
 

@@ -10,9 +10,9 @@ use wgmoe::{Activation, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, Routin
 /// choice has to be a right one for the device's own logits.
 fn check(num_tokens: u32, [hidden, intermediate, experts, top_k]: [u32; 4], skew: f64, variant: Option<MatmulVariant>) {
     let Some(context) = support::gpu_context() else { return };
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
+    let routing = Routing::softmax(true);
     let config =
-        MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::Swiglu).expect("valid sizes");
+        MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::SWIGLU).expect("valid sizes");
     let workload = Workload::new(config.clone(), skew, 3).expect("small weights");
     let x = workload.input(num_tokens).expect("memory for the input");
     let options = LayerOptions { matmul: variant, ..Default::default() };

@@ -320,11 +320,11 @@ fn devices() -> Vec<DeviceProfile> {
 fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
     let mut checked = BTreeSet::new();
     let mut faults = Vec::new();
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
+    let routing = Routing::softmax(true);
     for num_experts in [1, 2, 3, 8, 60, 64, 128, 200, 257, 512, 1024] {
         for hidden_size in [64, 65] {
             let top_k = num_experts.min(8);
-            let config = MoeConfig::new(hidden_size, 32, num_experts, top_k, routing, Activation::Swiglu);
+            let config = MoeConfig::new(hidden_size, 32, num_experts, top_k, routing, Activation::SWIGLU);
             let config = config.expect("the sizes are valid");
             for device in devices() {
                 let variants = std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some));
@@ -358,9 +358,9 @@ fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
 #[test]
 fn the_list_holds_every_kernel_of_every_plan() {
     let listed: BTreeMap<String, Kernel> = kernels::all().into_iter().map(|k| (k.label.clone(), k)).collect();
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
+    let routing = Routing::softmax(true);
     for hidden_size in [64, 65] {
-        let config = MoeConfig::new(hidden_size, 32, 8, 2, routing, Activation::Swiglu).expect("the sizes are valid");
+        let config = MoeConfig::new(hidden_size, 32, 8, 2, routing, Activation::SWIGLU).expect("the sizes are valid");
         for (device, &format) in devices().iter().flat_map(|d| WeightFormat::ALL.iter().map(move |f| (d, f))) {
             for variant in std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some)) {
                 let request = MatmulRequest { variant, choice: None };

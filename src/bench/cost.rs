@@ -42,8 +42,8 @@ mod tests {
     use crate::{Activation, Routing, Scores};
 
     fn config() -> MoeConfig {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        MoeConfig::new(10, 7, 5, 2, routing, Activation::Swiglu).expect("valid sizes")
+        let routing = Routing::softmax(true);
+        MoeConfig::new(10, 7, 5, 2, routing, Activation::SWIGLU).expect("valid sizes")
     }
 
     #[test]

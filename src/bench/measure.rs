@@ -235,8 +235,8 @@ mod tests {
     use crate::{Activation, DeviceChoice, Routing, Scores};
 
     fn workload() -> Workload {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        let config = MoeConfig::new(64, 24, 8, 2, routing, Activation::Swiglu).expect("valid sizes");
+        let routing = Routing::softmax(true);
+        let config = MoeConfig::new(64, 24, 8, 2, routing, Activation::SWIGLU).expect("valid sizes");
         Workload::new(config, 0.0, 1).expect("small")
     }
 

@@ -7,7 +7,7 @@ use crate::DeviceInfo;
 use crate::error::Result;
 use crate::model::activation::Activation;
 use crate::model::config::MoeConfig;
-use crate::model::routing::{Routing, Scores};
+use crate::model::routing::Routing;
 
 /// One layer's sizes under a model's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,14 +67,14 @@ impl Preset {
 
     /// The layer: SwiGLU experts behind a softmax router.
     pub fn config(&self) -> Result<MoeConfig> {
-        let routing = Routing { scores: Scores::Softmax, renormalize: self.renormalize };
+        let routing = Routing::softmax(self.renormalize);
         MoeConfig::new(
             self.hidden_size,
             self.intermediate_size,
             self.num_experts,
             self.top_k,
             routing,
-            Activation::Swiglu,
+            Activation::SWIGLU,
         )
     }
 

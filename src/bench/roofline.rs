@@ -7,7 +7,7 @@ use crate::gpu::harness::{Harness, Output};
 use crate::kernels::Stage;
 use crate::model::activation::Activation;
 use crate::model::config::MoeConfig;
-use crate::model::routing::{Routing, Scores};
+use crate::model::routing::Routing;
 use crate::model::weights::{MoeWeights, WeightFormat};
 use crate::plan::{LayerPlan, MatmulRequest};
 use crate::reference::permute::tiles;
@@ -80,8 +80,8 @@ pub fn dense_matmul_time(context: &Context, m: u32, n: u32, k: u32, format: Weig
         Engine::Gpu(gpu) => gpu,
         Engine::Cpu => return Ok(Some(cpu_dense(m as usize, n as usize, k as usize))),
     };
-    let routing = Routing { scores: Scores::Softmax, renormalize: true };
-    let Ok(config) = MoeConfig::new(n, k, 1, 1, routing, Activation::Swiglu) else { return Ok(None) };
+    let routing = Routing::softmax(true);
+    let Ok(config) = MoeConfig::new(n, k, 1, 1, routing, Activation::SWIGLU) else { return Ok(None) };
     let Ok(plan) = LayerPlan::new(&config, format, gpu.profile(), &MatmulRequest::default()) else { return Ok(None) };
     if plan.down_pages().len() > 1 || plan.max_tokens() < m {
         return Ok(None);
@@ -93,6 +93,7 @@ pub fn dense_matmul_time(context: &Context, m: u32, n: u32, k: u32, format: Weig
         gate_proj: weights(n * k),
         up_proj: weights(n * k),
         down_proj: weights(n * k),
+        ..MoeWeights::default()
     };
     let pass = plan.plan(m)?;
     let x = vec![0.25f32.to_bits(); m as usize * k.next_multiple_of(4) as usize];

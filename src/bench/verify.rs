@@ -6,6 +6,7 @@
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
+use crate::model::batch::Batch;
 use crate::reference::{self, router};
 use rayon::prelude::*;
 
@@ -108,7 +109,9 @@ fn check_token(
     y: &[f32],
     chosen: &[u32],
 ) -> Result<Deviation, String> {
-    let mut routed = router::router(config, &weights.router, weights.router_bias.as_deref(), x);
+    let batch = Batch::from(x);
+    let logits = router::router_logits(config, weights, &batch);
+    let mut routed = router::route(config, weights, logits.clone(), &batch);
     let sorted = |experts: &[u32]| {
         let mut sorted = experts.to_vec();
         sorted.sort_unstable();
@@ -116,7 +119,7 @@ fn check_token(
     };
     if sorted(chosen) != sorted(&routed.topk_experts) {
         accept_near_tie(&routed.router_logits, &routed.topk_experts, chosen)?;
-        routed = with_choice(config, routed, chosen);
+        routed = router::route_with(config, weights, logits, Some(chosen), &batch);
     }
     let expected = reference::forward_with_routing(config, weights, x, routed).y;
     // Maxima pass over NaN, so it has to be looked for.
@@ -141,17 +144,6 @@ fn accept_near_tie(logits: &[f64], expected: &[u32], chosen: &[u32]) -> Result<(
     if least(expected) - least(chosen) <= NEAR_TIE * scale { Ok(()) } else { Err(wrong()) }
 }
 
-/// The reference's router, had it chosen `chosen`.
-fn with_choice(config: &MoeConfig, mut routed: router::Router, chosen: &[u32]) -> router::Router {
-    routed.topk_experts = chosen.to_vec();
-    routed.topk_weights = chosen.iter().map(|&e| routed.router_probs[e as usize]).collect();
-    if config.routing().renormalize {
-        let sum: f64 = routed.topk_weights.iter().sum();
-        routed.topk_weights.iter_mut().for_each(|weight| *weight /= sum);
-    }
-    routed
-}
-
 fn judge(tokens: &[usize], deviations: &[Deviation]) -> Verification {
     let magnitude = deviations.iter().map(|d| d.magnitude).fold(0.0, f64::max);
     let worst = (0..deviations.len()).max_by(|&a, &b| deviations[a].error.total_cmp(&deviations[b].error));
@@ -170,11 +162,11 @@ fn judge(tokens: &[usize], deviations: &[Deviation]) -> Verification {
 mod tests {
     use super::*;
     use crate::bench::Workload;
-    use crate::{Activation, Routing, Scores};
+    use crate::{Activation, Routing};
 
     fn case() -> (Workload, Vec<f32>, Vec<f32>, RoutingDecision) {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        let config = MoeConfig::new(48, 20, 6, 2, routing, Activation::Swiglu).expect("valid sizes");
+        let routing = Routing::softmax(true);
+        let config = MoeConfig::new(48, 20, 6, 2, routing, Activation::SWIGLU).expect("valid sizes");
         let workload = Workload::new(config, 0.0, 9).expect("small");
         let x = workload.input(11).expect("small");
         let forward = reference::moe_forward(&workload.config, &workload.weights, &x);
@@ -184,6 +176,7 @@ mod tests {
             topk_weights: forward.router.topk_weights.iter().map(|&w| w as f32).collect(),
             router_logits: forward.router.router_logits.iter().map(|&l| l as f32).collect(),
             tokens_per_expert: forward.permutation.expert_offsets.windows(2).map(|o| o[1] - o[0]).collect(),
+            ..RoutingDecision::default()
         };
         (workload, x, forward.y.iter().map(|&v| v as f32).collect(), decision)
     }
@@ -234,11 +227,11 @@ mod tests {
 
     #[test]
     fn samples_reach_both_ends() {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        let big = MoeConfig::new(4096, 14336, 8, 2, routing, Activation::Swiglu).expect("valid sizes");
+        let routing = Routing::softmax(true);
+        let big = MoeConfig::new(4096, 14336, 8, 2, routing, Activation::SWIGLU).expect("valid sizes");
         assert_eq!(sample(&big, 512), [0, 511]);
         assert_eq!(sample(&big, 1), [0]);
-        let small = MoeConfig::new(1024, 512, 32, 4, routing, Activation::Swiglu).expect("valid sizes");
+        let small = MoeConfig::new(1024, 512, 32, 4, routing, Activation::SWIGLU).expect("valid sizes");
         let tokens = sample(&small, 100_000);
         assert!(tokens.len() > 50 && tokens[0] == 0 && tokens.last() == Some(&99_999));
     }

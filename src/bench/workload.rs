@@ -72,6 +72,7 @@ impl Workload {
             up_proj: tensor(Tensor::Up, e * i * h, h, 1.0),
             // silu(gate) * up of unit normals has a root mean square near 0.6.
             down_proj: tensor(Tensor::Down, e * h * i, i, 1.6),
+            ..MoeWeights::default()
         };
         Ok(Workload { config, weights, skew, seed })
     }
@@ -177,14 +178,14 @@ mod tests {
     use crate::{Activation, Routing, Scores, WeightFormat};
 
     fn config(h: u32, i: u32, e: u32, k: u32) -> MoeConfig {
-        let routing = Routing { scores: Scores::Softmax, renormalize: true };
-        MoeConfig::new(h, i, e, k, routing, Activation::Swiglu).expect("valid sizes")
+        let routing = Routing::softmax(true);
+        MoeConfig::new(h, i, e, k, routing, Activation::SWIGLU).expect("valid sizes")
     }
 
     /// Share of the assignments that each expert gets from the reference router.
     fn observed_load(workload: &Workload, num_tokens: u32) -> Vec<f64> {
         let x = workload.input(num_tokens).expect("fits in memory");
-        let routed = reference::router::router(&workload.config, &workload.weights.router, None, &x);
+        let routed = reference::router::router(&workload.config, &workload.weights, &Batch::from(&x));
         let mut load = vec![0.0; workload.config.num_experts() as usize];
         routed.topk_experts.iter().for_each(|&e| load[e as usize] += 1.0 / routed.topk_experts.len() as f64);
         load

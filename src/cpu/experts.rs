@@ -125,7 +125,7 @@ fn activate<S: Simd>(simd: S, activation: Activation, sums: &Line) -> [f32; PAIR
     let (ups, _) = S::as_simd_f32s(ups);
     for ((value, &gate), &up) in S::as_mut_simd_f32s(&mut values).0.iter_mut().zip(gates).zip(ups) {
         *value = match activation {
-            Activation::Swiglu => simd.mul_f32s(silu(simd, gate), up),
+            _ => simd.mul_f32s(silu(simd, gate), up),
         };
     }
     values
@@ -238,7 +238,7 @@ mod tests {
     fn silu_is_within_a_few_units_of_its_definition() {
         for step in -120_000..=120_000 {
             let v = step as f32 / 1000.0;
-            let expected = Activation::Swiglu.apply(f64::from(v), 1.0);
+            let expected = Activation::SWIGLU.apply(f64::from(v), 1.0);
             for got in silu_everywhere(v) {
                 let difference = (f64::from(got) - expected).abs();
                 // Below -87 the function is smaller than 1e-35 and any tiny number will do.

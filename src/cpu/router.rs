@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
-use crate::model::routing::{RoutingDecision, Scores};
+use crate::model::routing::RoutingDecision;
 use rayon::prelude::*;
 
 /// Chooses each token's experts. `logits [num_tokens, num_experts]`, `bias [num_experts]` is added to them.
@@ -28,7 +28,7 @@ pub(super) fn route(config: &MoeConfig, mut logits: Vec<f32>, bias: Option<&[f32
                 return 1;
             }
             match config.routing().scores {
-                Scores::Softmax => softmax_weights(logits, chosen, config.routing().renormalize, weights),
+                _ => softmax_weights(logits, chosen, config.routing().renormalize.is_some(), weights),
             }
             0
         })
@@ -40,7 +40,7 @@ pub(super) fn route(config: &MoeConfig, mut logits: Vec<f32>, bias: Option<&[f32
     for &expert in &topk_experts {
         tokens_per_expert[expert as usize] += 1;
     }
-    Ok(RoutingDecision { num_tokens, topk_experts, topk_weights, router_logits: logits, tokens_per_expert })
+    Ok(RoutingDecision { num_tokens, topk_experts, topk_weights, router_logits: logits, tokens_per_expert, ..RoutingDecision::default() })
 }
 
 /// Softmax of the chosen logits, over all experts or, renormalised, over the chosen ones. In f64: few values, and
@@ -80,8 +80,8 @@ mod tests {
     use crate::{Activation, Routing, reference};
 
     fn config(num_experts: u32, top_k: u32, renormalize: bool) -> MoeConfig {
-        let routing = Routing { scores: Scores::Softmax, renormalize };
-        MoeConfig::new(1, 1, num_experts, top_k, routing, Activation::Swiglu).expect("the sizes are valid")
+        let routing = Routing::softmax(renormalize);
+        MoeConfig::new(1, 1, num_experts, top_k, routing, Activation::SWIGLU).expect("the sizes are valid")
     }
 
     /// A small generator, so that the test needs no crate.

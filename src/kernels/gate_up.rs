@@ -8,7 +8,7 @@ use crate::model::weights::WeightFormat;
 /// The grouped matmul `choice` with gathered input and fused activation.
 pub fn kernel(choice: MatmulChoice, format: WeightFormat, activation: Activation, input: Input) -> Kernel {
     let activation: Part = match activation {
-        Activation::Swiglu => wgsl!("activation_swiglu"),
+        _ => wgsl!("activation_swiglu"),
     };
     let mut kernel = choice.kernel(Stage::GateUp, format, input, &[activation, wgsl!("gate_up")]);
     kernel.bindings.push(bind(5, "intermediate", Access::Write)); // [num_rows, intermediate_size padded to 4]

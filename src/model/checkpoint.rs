@@ -299,6 +299,7 @@ impl Names<'_> {
             gate_proj,
             up_proj,
             down_proj: self.read_experts(shards, &self.layout.down_proj, one, 0..one)?,
+            ..MoeWeights::default()
         })
     }
 

@@ -120,7 +120,7 @@ impl Family {
             sizes.intermediate_size.value("intermediate_size", name, config)?,
             sizes.num_experts.value("num_experts", name, config)?,
             sizes.top_k.value("top_k", name, config)?,
-            Routing { scores: routing.scores, renormalize: routing.renormalize.value("renormalize", name, config)? },
+            Routing::new(routing.scores, routing.renormalize.value("renormalize", name, config)?),
             activation,
         )
     }
@@ -334,7 +334,7 @@ impl<'de> Deserialize<'de> for OneOrMore {
 
 /// Names of activations in configurations, and ours.
 const ACTIVATIONS: [(&str, Activation); 3] =
-    [("silu", Activation::Swiglu), ("swish", Activation::Swiglu), ("swiglu", Activation::Swiglu)];
+    [("silu", Activation::SWIGLU), ("swish", Activation::SWIGLU), ("swiglu", Activation::SWIGLU)];
 
 fn activation_named(name: &str) -> Option<Activation> {
     ACTIVATIONS.iter().find(|(known, _)| *known == name).map(|&(_, activation)| activation)

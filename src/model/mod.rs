@@ -2,11 +2,14 @@
 //! Nothing here knows that GPUs exist.
 
 pub mod activation;
+pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod family;
 mod model_config;
+pub(crate) mod noise;
 pub mod routing;
+pub mod statistics;
 pub(crate) mod tensor_file;
 mod tensor_header;
 pub mod weights;

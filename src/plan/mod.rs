@@ -239,7 +239,7 @@ impl LayerPlan {
             num_assignments,
             num_tile_slots,
             tile_m: matmul.tile_m(),
-            renormalize: c.routing().renormalize.into(),
+            renormalize: c.routing().renormalize.is_some().into(),
             hidden_stride: slice_width,
             chunk_len: permute::chunk_len(num_assignments, self.device.parallel_workgroups()),
             nan_bits: QUIET_NAN,

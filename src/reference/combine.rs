@@ -1,21 +1,39 @@
 //! Stage 5: each token's expert outputs, weighted and summed. Twin of `shaders/combine.wgsl`.
 
 use super::permute::Permutation;
-use crate::model::config::MoeConfig;
+use super::router::Router;
+use crate::model::config::{MoeConfig, SpecialKind};
+use crate::model::routing::DROPPED;
 
-/// `y[t, :] = sum over j < top_k of topk_weights[t, j] * expert_out[row_of_assignment[t, j], :]`
-/// `expert_out [num_rows, hidden_size]`, `topk_weights [num_tokens, top_k]`; result `[num_tokens, hidden_size]`.
-pub fn combine(config: &MoeConfig, expert_out: &[f64], topk_weights: &[f64], rows: &Permutation) -> Vec<f64> {
-    let [h, top_k] = [config.hidden_size(), config.top_k()].map(|n| n as usize);
-    let mut y = vec![0.0; topk_weights.len() / top_k * h];
-    for (t, y) in y.chunks_exact_mut(h).enumerate() {
-        for j in 0..top_k {
-            let a = t * top_k + j;
-            let row = rows.row_of_assignment[a] as usize;
-            for (sum, value) in y.iter_mut().zip(&expert_out[row * h..][..h]) {
-                *sum += topk_weights[a] * value;
+/// `routed[t, :] = sum over j < top_k of topk_weights[t, j] * expert_out[row_of_assignment[t, j], :]`
+/// Assignments without a row: an identity expert gives `expert_in[t, :]`; so does a dropped one if the layer passes
+/// tokens through; otherwise zero. Where weights were applied to the input, they are 1 here.
+/// `expert_out [num_rows, expert_size]`, `expert_in [num_tokens, expert_size]`; result `[num_tokens, expert_size]`.
+pub fn combine(
+    config: &MoeConfig,
+    expert_out: &[f64],
+    expert_in: &[f64],
+    router: &Router,
+    rows: &Permutation,
+) -> Vec<f64> {
+    let [d, top_k] = [config.expert_size(), config.top_k()].map(|n| n as usize);
+    let pass_through = config.routing().capacity.is_some_and(|capacity| capacity.pass_through);
+    let mut routed = vec![0.0; router.topk_weights.len() / top_k * d];
+    for (t, sums) in routed.chunks_exact_mut(d).enumerate() {
+        for a in t * top_k..(t + 1) * top_k {
+            let expert = router.topk_experts[a];
+            let special = expert < config.num_experts() && expert >= config.num_weighted_experts();
+            let contribution = match rows.row_of_assignment[a] {
+                DROPPED if special && config.extras().special_kind == SpecialKind::Identity => &expert_in[t * d..][..d],
+                DROPPED if !special && pass_through => &expert_in[t * d..][..d],
+                DROPPED => continue,
+                row => &expert_out[row as usize * d..][..d],
+            };
+            let weight = if config.routing().weigh_input { 1.0 } else { router.topk_weights[a] };
+            for (sum, value) in sums.iter_mut().zip(contribution) {
+                *sum += weight * value;
             }
         }
     }
-    y
+    routed
 }

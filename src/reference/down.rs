@@ -1,20 +1,22 @@
 //! Stage 4: each expert's second projection. Twin of `shaders/down.wgsl`.
 
 use super::dot;
-use super::permute::Permutation;
-use crate::model::config::MoeConfig;
 
-/// `expert_out[r, h] = intermediate[r, :] . down_proj[expert, h, :]` with the expert of row `r`.
-/// `down_proj [num_experts, hidden_size, intermediate_size]`, `intermediate [num_rows, intermediate_size]`;
-/// result `[num_rows, hidden_size]`.
-pub fn down(config: &MoeConfig, down_proj: &[f32], intermediate: &[f64], rows: &Permutation) -> Vec<f64> {
-    let [h, i] = [config.hidden_size(), config.intermediate_size()].map(|n| n as usize);
-    let mut expert_out = Vec::new();
-    for (row, values) in intermediate.chunks_exact(i).enumerate() {
-        let expert = rows.expert_of_row(row);
-        for column in expert * h..(expert + 1) * h {
-            expert_out.push(dot(values.iter().copied(), &down_proj[column * i..][..i]));
+/// `out[r, n] = v[r, :] . weights[expert, n, :] + bias[expert, n]` for each row r, given by its expert.
+/// `v [rows, input_size]`, `weights [experts, output_size, input_size]`; result `[rows, output_size]`.
+pub fn down(
+    [output_size, input_size]: [usize; 2],
+    weights: &[f32],
+    bias: Option<&[f32]>,
+    v: &[f64],
+    expert_of_row: impl IntoIterator<Item = usize>,
+) -> Vec<f64> {
+    let mut out = Vec::new();
+    for (row, expert) in v.chunks_exact(input_size).zip(expert_of_row) {
+        for column in expert * output_size..(expert + 1) * output_size {
+            let sum = dot(row.iter().copied(), &weights[column * input_size..][..input_size]);
+            out.push(sum + bias.map_or(0.0, |bias| f64::from(bias[column])));
         }
     }
-    expert_out
+    out
 }

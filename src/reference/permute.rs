@@ -1,5 +1,7 @@
 //! Stage 2: assignments sorted by expert, order kept within an expert. Twin of `shaders/permute.wgsl`.
 
+use crate::model::routing::DROPPED;
+
 /// Where each assignment went. `x_of_y`: index by y, get x.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permutation {
@@ -7,7 +9,7 @@ pub struct Permutation {
     pub expert_offsets: Vec<u32>,
     /// `[num_rows]`
     pub assignment_of_row: Vec<u32>,
-    /// `[num_tokens, top_k]`
+    /// [`DROPPED`] for an assignment of no such expert: `[num_tokens, top_k]`
     pub row_of_assignment: Vec<u32>,
 }
 
@@ -15,7 +17,7 @@ pub struct Permutation {
 pub fn permute(topk_experts: &[u32], num_experts: u32) -> Permutation {
     let mut expert_offsets = vec![0u32];
     let mut assignment_of_row = Vec::new();
-    let mut row_of_assignment = vec![0u32; topk_experts.len()];
+    let mut row_of_assignment = vec![DROPPED; topk_experts.len()];
     for e in 0..num_experts {
         for (a, _) in topk_experts.iter().enumerate().filter(|&(_, &chosen)| chosen == e) {
             row_of_assignment[a] = assignment_of_row.len() as u32;

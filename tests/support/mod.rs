@@ -128,6 +128,7 @@ impl Values {
             gate_proj: scaled(e * i * h, h),
             up_proj: scaled(e * i * h, h),
             down_proj: scaled(e * h * i, i),
+            ..MoeWeights::default()
         }
     }
 }
@@ -135,8 +136,8 @@ impl Values {
 /// `[hidden_size, intermediate_size, num_experts, top_k]`
 #[allow(dead_code, reason = "not every test binary makes layers")]
 pub fn config([hidden, intermediate, experts, top_k]: [u32; 4], renormalize: bool) -> MoeConfig {
-    let routing = Routing { scores: Scores::Softmax, renormalize };
-    MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::Swiglu).expect("the sizes are valid")
+    let routing = Routing::softmax(renormalize);
+    MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::SWIGLU).expect("the sizes are valid")
 }
 
 /// For comparing floats bit by bit: NaN equals itself, and -0 is not 0.

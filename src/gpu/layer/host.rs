@@ -230,7 +230,14 @@ impl GpuLayer {
                 *count += 1;
             }
         }
-        Ok(RoutingDecision { num_tokens: t, topk_experts, topk_weights, router_logits, tokens_per_expert })
+        Ok(RoutingDecision {
+            num_tokens: t,
+            topk_experts,
+            topk_weights,
+            router_logits,
+            tokens_per_expert,
+            ..RoutingDecision::default()
+        })
     }
 
     async fn read_words(&self, state: &State, name: &'static str, count: usize) -> Result<Vec<u32>> {
