@@ -1,6 +1,6 @@
-// combine: weighted sum of each token's expert outputs, back in token order.
+// combine: what the routed experts have for each token, and what is added to it.
 //
-//     y[t, :] = sum over j < top_k of topk_weights[t, j] * expert_out[row_of_assignment[t, j], :]
+//     y[t, :] = finish(routed(t, :))        rows_*.wgsl, tail_*.wgsl
 //
 // for the columns that expert_out holds: all, or hidden_stride of them from first_column on.
 //
@@ -8,13 +8,10 @@
 // Mapping    one invocation = four neighbouring elements of y; workgroup = WG_SIZE such invocations of one token
 // Grid       [num_tokens * ceil(hidden_stride / 4 / WG_SIZE)], folded
 // Requires   hidden_stride a multiple of 4
-// Numerics   f32, j ascending, no atomics: the same bits every time
+// Numerics   f32, choices ascending, no atomics: the same bits every time
 
-@group(0) @binding(0) var<uniform>             params:            MoeParams;
-@group(0) @binding(1) var<storage, read>       expert_out:        array<vec4<f32>>; // [num_rows, hidden_stride]
-@group(0) @binding(2) var<storage, read>       row_of_assignment: array<u32>;       // [num_tokens, top_k]
-@group(0) @binding(3) var<storage, read>       topk_weights:      array<f32>;       // [num_tokens, top_k]
-@group(0) @binding(4) var<storage, read_write> y:                 array<f32>;       // [num_tokens, hidden_size]
+@group(0) @binding(0) var<uniform>             params: MoeParams;
+@group(0) @binding(4) var<storage, read_write> y:      array<f32>; // [num_tokens, hidden_size]
 
 override WG_SIZE: u32 = 64;
 
@@ -31,18 +28,13 @@ fn combine(
     let column4 = (index % blocks) * WG_SIZE + lane;
     if token >= params.num_tokens || column4 >= hidden4 { return; }
 
-    var sum = vec4<f32>(0.0);
-    for (var a = token * params.top_k; a < (token + 1u) * params.top_k; a++) {
-        let row = row_of_assignment[a];
-        if row == DROPPED { continue; }
-        sum = fma(vec4<f32>(topk_weights[a]), expert_out[row * hidden4 + column4], sum);
-    }
-    // y has no padding: the caller's rows are as wide as the layer.
     let column = params.first_column + column4 * 4u;
+    let value = finish(token, column, routed(token, column4, column));
+    // y has no padding: the caller's rows are as wide as the layer.
     let first = token * params.hidden_size + column;
     let width = params.hidden_size - column;
-    y[first] = sum.x;
-    if width > 1u { y[first + 1u] = sum.y; }
-    if width > 2u { y[first + 2u] = sum.z; }
-    if width > 3u { y[first + 3u] = sum.w; }
+    y[first] = value.x;
+    if width > 1u { y[first + 1u] = value.y; }
+    if width > 2u { y[first + 2u] = value.z; }
+    if width > 3u { y[first + 3u] = value.w; }
 }

@@ -1,6 +1,8 @@
 // down: each expert's second projection, for the rows routed to it.
 //
-//     expert_out[r, h] = intermediate[r, :] . down_proj[expert, h, :]
+//     expert_out[r, h] = intermediate[r, :] . down_proj[expert, h, :] (+ bias[expert, h])
+//
+// The projections into and out of a latent space are this kernel too, with one expert and every token
 //
 // CPU twin   src/reference/down.rs
 // Mapping    that of the grouped matmul concatenated to it (matmul_*.wgsl). This file says what the rows of its
@@ -17,8 +19,8 @@ fn input_row(row: u32) -> u32 {
     return row;
 }
 
-fn store_sums(row: u32, column: u32, sums: vec4<f32>) {
-    expert_out[(row * params.out_stride + column) / 4u] = sums;
+fn store_sums(expert: u32, row: u32, column: u32, sums: vec4<f32>) {
+    expert_out[(row * params.out_stride + column) / 4u] = add_bias(expert, column, sums);
 }
 
 @compute @workgroup_size(WG_SIZE)

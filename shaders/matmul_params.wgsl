@@ -13,9 +13,14 @@ struct MatmulParams {
     k4: u32,               // length of a packed weight row, in vec4
     x_stride: u32,         // elements from one input row to the next
     out_stride: u32,       // elements from one output row to the next
-    num_assignments: u32,
-    num_experts: u32,
+    num_assignments: u32,  // rows; of the dense tiles: rows of one expert
+    num_experts: u32,      // experts that have weights
     top_k: u32,
+    tile_m: u32,           // rows in a tile, where tiles are made on the spot
+    bias_stride: u32,      // elements from one expert's bias to the next
+    slice_column: u32,     // packed column that the output's first column is
+    limit: f32,            // numbers of the activation
+    alpha: f32,
 }
 
 // Columns that one lane owns. gate_up packs (gate i, up i, gate i+1, up i+1) into them, so that the

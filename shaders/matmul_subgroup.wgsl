@@ -98,6 +98,6 @@ fn store8(tile: Tile, first: u32, own: vec2<u32>, sums: Rows8) {
 fn store_row(tile: Tile, i: u32, own: vec2<u32>, sums: Row) {
     if i >= tile.num_rows { return; }
     let columns = own * LANE_COLUMNS;
-    if columns.x < params.end_column { store_sums(tile_row(tile, i), params.first_column + columns.x, sums.q0); }
-    if columns.y < params.end_column { store_sums(tile_row(tile, i), params.first_column + columns.y, sums.q1); }
+    if columns.x < params.end_column { store_sums(tile.expert, tile_row(tile, i), params.first_column + columns.x, sums.q0); }
+    if columns.y < params.end_column { store_sums(tile.expert, tile_row(tile, i), params.first_column + columns.y, sums.q1); }
 }

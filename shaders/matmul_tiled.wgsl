@@ -53,10 +53,10 @@ fn grouped_matmul(group: u32, lane: u32) {
     let column = first_column + across * LANE_COLUMNS;
     if column >= params.end_column { return; }
     let out = params.first_column + column;
-    if first < tile.num_rows { store_sums(tile_row(tile, first), out, sums.r0); }
-    if first + 1u < tile.num_rows { store_sums(tile_row(tile, first + 1u), out, sums.r1); }
-    if first + 2u < tile.num_rows { store_sums(tile_row(tile, first + 2u), out, sums.r2); }
-    if first + 3u < tile.num_rows { store_sums(tile_row(tile, first + 3u), out, sums.r3); }
+    if first < tile.num_rows { store_sums(tile.expert, tile_row(tile, first), out, sums.r0); }
+    if first + 1u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 1u), out, sums.r1); }
+    if first + 2u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 2u), out, sums.r2); }
+    if first + 3u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 3u), out, sums.r3); }
 }
 
 // Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and of its first num_quads column quads; zeros past the end.

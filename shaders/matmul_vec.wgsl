@@ -49,8 +49,8 @@ fn grouped_matmul(group: u32, lane: u32) {
     }
     if lane % K_LANES != 0u || column >= params.end_column { return; }
     let out = params.first_column + column;
-    store_sums(tile_row(tile, 0u), out, sums.r0);
-    if tile.num_rows > 1u { store_sums(tile_row(tile, 1u), out, sums.r1); }
-    if tile.num_rows > 2u { store_sums(tile_row(tile, 2u), out, sums.r2); }
-    if tile.num_rows > 3u { store_sums(tile_row(tile, 3u), out, sums.r3); }
+    store_sums(tile.expert, tile_row(tile, 0u), out, sums.r0);
+    if tile.num_rows > 1u { store_sums(tile.expert, tile_row(tile, 1u), out, sums.r1); }
+    if tile.num_rows > 2u { store_sums(tile.expert, tile_row(tile, 2u), out, sums.r2); }
+    if tile.num_rows > 3u { store_sums(tile.expert, tile_row(tile, 3u), out, sums.r3); }
 }

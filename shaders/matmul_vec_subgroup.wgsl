@@ -50,10 +50,10 @@ fn grouped_matmul(group: u32, invocation: u32) {
     }
     if column >= params.end_column { return; }
     let out = params.first_column + column;
-    store_sums(tile_row(tile, 0u), out, sums.r0);
-    if tile.num_rows > 1u { store_sums(tile_row(tile, 1u), out, sums.r1); }
-    if tile.num_rows > 2u { store_sums(tile_row(tile, 2u), out, sums.r2); }
-    if tile.num_rows > 3u { store_sums(tile_row(tile, 3u), out, sums.r3); }
+    store_sums(tile.expert, tile_row(tile, 0u), out, sums.r0);
+    if tile.num_rows > 1u { store_sums(tile.expert, tile_row(tile, 1u), out, sums.r1); }
+    if tile.num_rows > 2u { store_sums(tile.expert, tile_row(tile, 2u), out, sums.r2); }
+    if tile.num_rows > 3u { store_sums(tile.expert, tile_row(tile, 3u), out, sums.r3); }
 }
 
 // The sums of a tile of one row: four vec4 of its inputs for each load.

@@ -1,19 +1,24 @@
-// moe_params: the uniform that router, permute and combine share, and helpers of every kernel.
+// moe_params: the uniform that permute and combine share, and helpers of several kernels.
 // No entry point. Rust side: src/kernels/params.rs, compared field by field in tests/shader_contract.rs.
 
 struct MoeParams {
     num_tokens: u32,
-    hidden_size: u32,
-    num_experts: u32,
+    hidden_size: u32,     // width of a row of y
+    num_experts: u32,     // experts that a token can choose
+    num_weighted: u32,    // the first of them, which have weights
     top_k: u32,
     num_assignments: u32, // num_tokens * top_k
     num_tile_slots: u32,  // length of the tile list
     tile_m: u32,          // rows in a tile
-    renormalize: u32,     // 1: divide a token's weights by their sum
     hidden_stride: u32,   // elements from one row of expert_out to the next
-    chunk_len: u32,       // assignments that one workgroup of permute places
-    nan_bits: u32,        // a quiet NaN: WGSL has no way to write one down
     first_column: u32,    // column of y that the first column of expert_out is
+    chunk_len: u32,       // assignments that one workgroup of permute places
+    in_stride: u32,       // elements from one row of what experts read to the next
+    in_width: u32,        // elements of such a row
+    num_shared: u32,      // shared experts
+    out_stride: u32,      // elements from one row of shared_out to the next
+    routed_scale: f32,    // factor of the routed experts
+    shared_scale: f32,    // factor of the shared experts
 }
 
 // A row id that no assignment has: the assignment contributes nothing.

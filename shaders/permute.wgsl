@@ -1,7 +1,8 @@
 // permute: assignments sorted by expert, order kept within an expert, and the tiles of the grouped matmul.
 //
 //     expert_offsets[e]      = number of assignments with an expert below e
-//     row_of_assignment[a]   = expert_offsets[topk_experts[a]] + number of earlier assignments of the same expert
+//     row_of_assignment[a]   = expert_offsets[topk_experts[a]] + number of earlier assignments of the same expert,
+//                              DROPPED for one of no expert that has weights
 //     assignment_of_row      = its inverse
 //     tiles                  = each expert's rows cut into runs of tile_m, experts ascending
 //
@@ -9,19 +10,19 @@
 // Mapping    workgroup = chunk_len neighbouring assignments. Each counts all assignments by expert (and those before
 //            its own chunk), so that the chunks need nothing from each other and one dispatch does it all
 // Grid       [ceil(num_assignments / chunk_len)]
-// Requires   num_experts <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 4; at most 2^23 assignments in
+// Requires   num_weighted <= NUM_EXPERTS; chunk_len a multiple of WG_SIZE, WG_SIZE of 4; at most 2^23 assignments in
 //            chunks of at most 2^16: Mesa's llvmpipe ends all loops of an invocation after 65,535 iterations in sum
 // Numerics   integers; counts by atomics in workgroup memory, whose order does not matter; places by rank, not by ticket
 
 @group(0) @binding(0) var<uniform>             params:            MoeParams;
 @group(0) @binding(1) var<storage, read>       topk_experts:      array<u32>;  // [num_tokens, top_k]
-@group(0) @binding(2) var<storage, read_write> expert_offsets:    array<u32>;  // [num_experts + 1]
+@group(0) @binding(2) var<storage, read_write> expert_offsets:    array<u32>;  // [num_weighted + 1]
 @group(0) @binding(3) var<storage, read_write> assignment_of_row: array<u32>;  // [num_rows]
 @group(0) @binding(4) var<storage, read_write> row_of_assignment: array<u32>;  // [num_tokens, top_k]
 @group(0) @binding(5) var<storage, read_write> tiles:             array<Tile>; // [num_tile_slots]
 
 struct Tile {
-    expert: u32, // num_experts: a surplus slot, nothing to do
+    expert: u32, // num_weighted: a surplus slot, nothing to do
     first_row: u32,
     num_rows: u32,
 }
@@ -56,7 +57,7 @@ fn count_assignments(first: u32, lane: u32) {
     workgroupBarrier();
     for (var a = lane; a < params.num_assignments; a += WG_SIZE) {
         let e = topk_experts[a];
-        if e < params.num_experts {
+        if e < params.num_weighted {
             atomicAdd(&first_row[e], 1u);
             if a < first { atomicAdd(&next_row[e], 1u); }
         }
@@ -66,9 +67,9 @@ fn count_assignments(first: u32, lane: u32) {
 
 // Exclusive prefix sums over the experts: rows and tiles. Returns the totals.
 fn scan_experts(group: u32, lane: u32) -> vec2<u32> {
-    let experts_per_lane = (params.num_experts + WG_SIZE - 1u) / WG_SIZE;
+    let experts_per_lane = (params.num_weighted + WG_SIZE - 1u) / WG_SIZE;
     let first = lane * experts_per_lane;
-    let end = min(first + experts_per_lane, params.num_experts);
+    let end = min(first + experts_per_lane, params.num_weighted);
     var own = vec2<u32>(0u);
     for (var e = first; e < end; e++) {
         let rows = atomicLoad(&first_row[e]);
@@ -93,7 +94,7 @@ fn scan_experts(group: u32, lane: u32) -> vec2<u32> {
         if group == 0u { expert_offsets[e] = before.x; }
         before += vec2<u32>(rows, (rows + params.tile_m - 1u) / params.tile_m);
     }
-    if group == 0u && lane == 0u { expert_offsets[params.num_experts] = total.x; }
+    if group == 0u && lane == 0u { expert_offsets[params.num_weighted] = total.x; }
     workgroupBarrier();
     return total;
 }
@@ -102,12 +103,12 @@ fn scan_experts(group: u32, lane: u32) -> vec2<u32> {
 fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
     for (var slot = group * WG_SIZE + lane; slot < params.num_tile_slots; slot += groups * WG_SIZE) {
         if slot >= total.y {
-            tiles[slot] = Tile(params.num_experts, 0u, 0u);
+            tiles[slot] = Tile(params.num_weighted, 0u, 0u);
             continue;
         }
         // the last expert whose first tile is not after this slot
         var low = 0u;
-        var high = params.num_experts;
+        var high = params.num_weighted;
         while high - low > 1u {
             let middle = (low + high) / 2u;
             if first_tile[middle] <= slot { low = middle; } else { high = middle; }
@@ -115,7 +116,7 @@ fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
         // Experts without rows share their first tile with the next expert; the last of them is the one with rows.
         let row = atomicLoad(&first_row[low]) + (slot - first_tile[low]) * params.tile_m;
         var end = total.x;
-        if low + 1u < params.num_experts { end = atomicLoad(&first_row[low + 1u]); }
+        if low + 1u < params.num_weighted { end = atomicLoad(&first_row[low + 1u]); }
         tiles[slot] = Tile(low, row, min(params.tile_m, end - row));
     }
 }
@@ -123,7 +124,7 @@ fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
 fn place_chunk(first: u32, lane: u32) {
     for (var round = 0u; round < params.chunk_len; round += WG_SIZE) {
         let a = first + round + lane;
-        var e = params.num_experts;
+        var e = params.num_weighted;
         if a < params.num_assignments { e = topk_experts[a]; }
         chunk[lane] = e;
         workgroupBarrier();
@@ -135,9 +136,9 @@ fn place_chunk(first: u32, lane: u32) {
             rank += hits.x + hits.y + hits.z + hits.w;
         }
         var row = DROPPED;
-        if e < params.num_experts { row = atomicLoad(&next_row[e]) + rank; }
+        if e < params.num_weighted { row = atomicLoad(&next_row[e]) + rank; }
         workgroupBarrier();
-        if e < params.num_experts {
+        if e < params.num_weighted {
             atomicAdd(&next_row[e], 1u);
             assignment_of_row[row] = a;
         }

@@ -1,65 +1,48 @@
 // router: which experts each token gets, and with which weight. One dispatch, nothing leaves the workgroup.
 //
-//     router_logits[t, e] = x[t, :] . router_weights[e, :] + router_bias[e]
-//     topk_experts[t, :]  = the top_k experts with the largest logits, lowest index on a tie
-//     topk_weights[t, :]  = softmax(router_logits[t, :]) at those, divided by their sum if renormalize
+//     router_logits[t, e] = finish_logit(x[t, :] . router_weights[e, :])         logits_*.wgsl
+//     topk_experts[t, :]  = the top_k experts with the best ranks                ranks_*.wgsl, groups_*.wgsl, choose_*.wgsl
+//     topk_weights[t, :]  = their scores, normalised and scaled                  scores.wgsl, weigh_*.wgsl
 //
 // CPU twin   src/reference/router.rs
 // Mapping    workgroup = 4 tokens. First K_LANES lanes share the dot products of 4 tokens x 4 experts; then a
 //            quarter of the lanes picks the experts of one token
 // Grid       [ceil(num_tokens / 4)], folded
-// Requires   num_experts <= 1024, top_k <= 32; WG_SIZE and K_LANES powers of two, K_LANES <= WG_SIZE, WG_SIZE >= 4
+// Requires   num_experts <= 1024; WG_SIZE and K_LANES powers of two, K_LANES <= WG_SIZE, WG_SIZE >= 4
 // Numerics   f32; every token's sums are formed in the same order wherever it stands in the batch. Ranking uses
 //            integer keys, so that NaN and infinities cannot produce an id twice or out of range; such a token's
 //            weights are NaN and it is counted in status
 
-@group(0) @binding(0) var<uniform>             params:         MoeParams;
-@group(0) @binding(1) var<storage, read>       router_weights: array<vec4<f32>>;   // [num_experts, 4 * ceil(hidden_size / 4)]
-@group(0) @binding(3) var<storage, read>       router_bias:    array<f32>;         // [num_experts]
-@group(0) @binding(4) var<storage, read_write> router_logits:  array<f32>;         // [num_tokens, num_experts]
+@group(0) @binding(0) var<uniform>             params:         RouterParams;
+@group(0) @binding(1) var<storage, read>       router_weights: array<vec4<f32>>;   // [num_rows, 4 * ceil(hidden_size / 4)]
+@group(0) @binding(3) var<storage, read>       router_vectors: array<f32>;         // [bias, selection bias, scale][num_experts]
+@group(0) @binding(4) var<storage, read_write> router_logits:  array<f32>;         // [num_tokens, num_experts], then other rows and ranks
 @group(0) @binding(5) var<storage, read_write> topk_experts:   array<u32>;         // [num_tokens, top_k]
 @group(0) @binding(6) var<storage, read_write> topk_weights:   array<f32>;         // [num_tokens, top_k]
-@group(0) @binding(7) var<storage, read_write> status:         array<atomic<u32>>; // [1] tokens with NaN or infinite logits
+@group(0) @binding(7) var<storage, read_write> status:         array<atomic<u32>>; // [0] tokens with NaN or infinite logits
 
 override WG_SIZE: u32 = 64;
 
 const TOKENS: u32 = 4u;
 const EXPERTS: u32 = 4u;
 
-var<workgroup> scratch_keys: array<vec2<u32>, WG_SIZE>;
-
 // Sums of four tokens; each vec4 is four experts.
 struct Sums { t0: vec4<f32>, t1: vec4<f32>, t2: vec4<f32>, t3: vec4<f32> }
 
-// Inputs 4*k .. 4*k+3 of four experts, transposed. Past the last expert: that expert again.
-fn load_router4x4(first_expert: u32, k4: u32, k: u32) -> mat4x4<f32> {
-    let last = params.num_experts - 1u;
-    return transpose(mat4x4<f32>(
-        router_weights[min(first_expert, last) * k4 + k], router_weights[min(first_expert + 1u, last) * k4 + k],
-        router_weights[min(first_expert + 2u, last) * k4 + k], router_weights[min(first_expert + 3u, last) * k4 + k]));
+// The token that a lane works on once logits are there, with `lanes` lanes for each.
+struct Place {
+    token: u32,
+    row: u32,   // where its logits begin
+    own: u32,   // this lane among those of the token
+    lanes: u32,
+    is_token: bool,
 }
 
-fn store_logits(token: u32, first_expert: u32, sums: vec4<f32>) {
-    if token >= params.num_tokens { return; }
-    for (var i = 0u; i < EXPERTS; i++) {
-        let e = first_expert + i;
-        if e < params.num_experts { router_logits[token * params.num_experts + e] = sums[i] + router_bias[e]; }
-    }
-}
-
-// A u32 that orders as the float does: NaN lowest, -0 equal to +0.
-fn order_key(value: f32) -> u32 {
-    let bits = bitcast<u32>(value);
-    let magnitude = bits & 0x7fffffffu;
-    if magnitude > 0x7f800000u { return 0u; }
-    if magnitude == 0u { return 0x80000000u; }
-    return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
-}
-
-// The better of two candidates (key, expert): larger key, then lower expert.
-fn better(a: vec2<u32>, b: vec2<u32>) -> vec2<u32> {
-    let b_wins = b.x > a.x || (b.x == a.x && b.y < a.y);
-    return select(a, b, b_wins);
+// What scores need to know of all logits of a token.
+struct Row {
+    max: f32,
+    total: f32, // sum of exp(logit - max)
+    broken: bool,
 }
 
 @compute @workgroup_size(WG_SIZE)
@@ -73,7 +56,19 @@ fn router(
     compute_logits(first_token, lane);
     storageBarrier();
     workgroupBarrier();
-    select_experts(first_token, lane);
+
+    let lanes = WG_SIZE / TOKENS;
+    let token = first_token + lane / lanes;
+    let row = min(token, params.num_tokens - 1u) * params.num_experts;
+    let at = Place(token, row, lane % lanes, lanes, token < params.num_tokens);
+    adjust_logits(at);
+    let before = before_choice(at, lane);
+    choose(at, lane);
+    let after = after_choice(at, lane, before);
+    if at.is_token && at.own == 0u {
+        weigh(at, after);
+        if after.broken { atomicAdd(&status[0], 1u); }
+    }
 }
 
 fn compute_logits(first_token: u32, lane: u32) {
@@ -85,21 +80,21 @@ fn compute_logits(first_token: u32, lane: u32) {
     let t2 = min(first_token + 2u, last_token);
     let t3 = min(first_token + 3u, last_token);
     // EXPERTS * (WG_SIZE / K_LANES) experts at a time
-    for (var block = 0u; block < params.num_experts; block += EXPERTS * (WG_SIZE / K_LANES)) {
+    for (var block = params.first_row; block < params.num_rows; block += EXPERTS * (WG_SIZE / K_LANES)) {
         let first_expert = block + EXPERTS * (lane / K_LANES);
         var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
-        if first_expert < params.num_experts {
+        if first_expert < params.num_rows {
             if alone {
                 for (var k = lane % K_LANES; k < k4; k += K_LANES) {
-                    sums.t0 = step(sums.t0, load_input4(first_token, h, k), load_router4x4(first_expert, k4, k));
+                    sums.t0 = step(sums.t0, seen_input4(first_token, h, k), load_router4x4(first_expert, k4, k));
                 }
             } else {
                 for (var k = lane % K_LANES; k < k4; k += K_LANES) {
                     let w = load_router4x4(first_expert, k4, k);
-                    sums.t0 = step(sums.t0, load_input4(first_token, h, k), w);
-                    sums.t1 = step(sums.t1, load_input4(t1, h, k), w);
-                    sums.t2 = step(sums.t2, load_input4(t2, h, k), w);
-                    sums.t3 = step(sums.t3, load_input4(t3, h, k), w);
+                    sums.t0 = step(sums.t0, seen_input4(first_token, h, k), w);
+                    sums.t1 = step(sums.t1, seen_input4(t1, h, k), w);
+                    sums.t2 = step(sums.t2, seen_input4(t2, h, k), w);
+                    sums.t3 = step(sums.t3, seen_input4(t3, h, k), w);
                 }
             }
         }
@@ -121,74 +116,93 @@ fn compute_logits(first_token: u32, lane: u32) {
     }
 }
 
-fn select_experts(first_token: u32, lane: u32) {
-    let lanes = WG_SIZE / TOKENS; // per token
-    let token = first_token + lane / lanes;
-    let own = lane % lanes;
-    let is_token = token < params.num_tokens;
-    let row = min(token, params.num_tokens - 1u) * params.num_experts;
+// Inputs 4*k .. 4*k+3 of four rows, transposed. Past the last row: that row again.
+fn load_router4x4(first_expert: u32, k4: u32, k: u32) -> mat4x4<f32> {
+    let last = params.num_rows - 1u;
+    return transpose(mat4x4<f32>(
+        router_weights[min(first_expert, last) * k4 + k], router_weights[min(first_expert + 1u, last) * k4 + k],
+        router_weights[min(first_expert + 2u, last) * k4 + k], router_weights[min(first_expert + 3u, last) * k4 + k]));
+}
 
-    // Round j takes the best candidate that ranks after the one of round j-1, so nothing needs to be marked.
-    var last = vec2<u32>(0xffffffffu, 0u);
-    var max_logit = 0.0;
-    var total = 0.0;
-    var chosen_total = 0.0;
-    var broken = false;
-    for (var j = 0u; j < params.top_k; j++) {
-        var best = vec2<u32>(0u, 0xffffffffu);
-        for (var e = own; e < params.num_experts; e += lanes) {
-            let candidate = vec2<u32>(order_key(router_logits[row + e]), e);
-            let after_last = candidate.x < last.x || (candidate.x == last.x && (j == 0u || candidate.y > last.y));
-            if after_last { best = better(best, candidate); }
-        }
-        workgroupBarrier();
-        scratch_keys[lane] = best;
-        workgroupBarrier();
-        for (var half = lanes / 2u; half > 0u; half /= 2u) {
-            if own < half { scratch_keys[lane] = better(scratch_keys[lane], scratch_keys[lane + half]); }
-            workgroupBarrier();
-        }
-        last = scratch_keys[lane - own];
-        let logit = router_logits[row + last.y];
-        if j == 0u {
-            max_logit = logit;
-            // sum of exp(logit - max) over all experts, and whether any logit is NaN or +infinity
-            var partial = vec2<f32>(0.0);
-            for (var e = own; e < params.num_experts; e += lanes) {
-                let other = router_logits[row + e];
-                let bits = bitcast<u32>(other);
-                let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
-                partial += vec2<f32>(weight_of(other, max_logit), select(0.0, 1.0, bad));
-            }
-            scratch_sums[lane] = vec4<f32>(partial, 0.0, 0.0);
-            workgroupBarrier();
-            for (var half = lanes / 2u; half > 0u; half /= 2u) {
-                if own < half { scratch_sums[lane] += scratch_sums[lane + half]; }
-                workgroupBarrier();
-            }
-            let sums = scratch_sums[lane - own];
-            total = sums.x;
-            broken = sums.y > 0.0 || bitcast<u32>(max_logit) == 0xff800000u;
-        }
-        let weight = weight_of(logit, max_logit) / total;
-        chosen_total += weight;
-        if is_token && own == 0u {
-            topk_experts[token * params.top_k + j] = last.y;
-            topk_weights[token * params.top_k + j] = weight;
-        }
-    }
-    if is_token && own == 0u {
-        if broken { atomicAdd(&status[0], 1u); }
-        for (var j = 0u; j < params.top_k; j++) {
-            let a = token * params.top_k + j;
-            if params.renormalize != 0u { topk_weights[a] /= chosen_total; }
-            if broken { topk_weights[a] = bitcast<f32>(params.nan_bits); }
+fn store_logits(token: u32, first_row: u32, sums: vec4<f32>) {
+    if token >= params.num_tokens { return; }
+    for (var i = 0u; i < EXPERTS; i++) {
+        let row = first_row + i;
+        if row < params.num_experts {
+            router_logits[token * params.num_experts + row] = finish_logit(sums[i], row);
+        } else if row < params.num_rows {
+            router_logits[other_logit(token, row)] = sums[i];
         }
     }
 }
 
+// Where the logit of a router row that is not an expert's lies.
+fn other_logit(token: u32, row: u32) -> u32 {
+    let others = params.num_rows - params.num_experts;
+    return params.num_tokens * params.num_experts + token * others + (row - params.num_experts);
+}
+
+// Where the ranks of a token begin, if there are any. The score of its first choice follows all ranks.
+fn ranks_at(at: Place) -> u32 {
+    return params.num_tokens * params.num_rows + at.row;
+}
+
+// A u32 that orders as the float does: NaN lowest, -0 equal to +0.
+fn order_key(value: f32) -> u32 {
+    let bits = bitcast<u32>(value);
+    let magnitude = bits & 0x7fffffffu;
+    if magnitude > 0x7f800000u { return 0u; }
+    if magnitude == 0u { return 0x80000000u; }
+    return select(bits | 0x80000000u, ~bits, bits >= 0x80000000u);
+}
+
+fn is_neg_infinity(value: f32) -> bool {
+    return bitcast<u32>(value) == 0xff800000u;
+}
+
+// Everything scores need, given the largest logit. Barriers inside.
+fn row_totals(at: Place, lane: u32, max: f32) -> Row {
+    // sum of exp(logit - max) over all experts, and whether any logit is NaN or +infinity
+    var partial = vec2<f32>(0.0);
+    for (var e = at.own; e < params.num_experts; e += at.lanes) {
+        let logit = router_logits[at.row + e];
+        let bits = bitcast<u32>(logit);
+        let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
+        partial += vec2<f32>(weight_of(logit, max), select(0.0, 1.0, bad));
+    }
+    workgroupBarrier();
+    scratch_sums[lane] = vec4<f32>(partial, 0.0, 0.0);
+    workgroupBarrier();
+    for (var half = at.lanes / 2u; half > 0u; half /= 2u) {
+        if at.own < half { scratch_sums[lane] += scratch_sums[lane + half]; }
+        workgroupBarrier();
+    }
+    let sums = scratch_sums[lane - at.own];
+    return Row(max, sums.x, sums.y > 0.0 || is_neg_infinity(max));
+}
+
+// The largest logit of a token. Barriers inside.
+fn row_max(at: Place, lane: u32) -> f32 {
+    var max = router_logits[at.row];
+    for (var e = at.own; e < params.num_experts; e += at.lanes) {
+        let logit = router_logits[at.row + e];
+        if order_key(logit) > order_key(max) { max = logit; }
+    }
+    workgroupBarrier();
+    scratch_sums[lane].x = max;
+    workgroupBarrier();
+    for (var half = at.lanes / 2u; half > 0u; half /= 2u) {
+        if at.own < half {
+            let other = scratch_sums[lane + half].x;
+            if order_key(other) > order_key(scratch_sums[lane].x) { scratch_sums[lane].x = other; }
+        }
+        workgroupBarrier();
+    }
+    return scratch_sums[lane - at.own].x;
+}
+
 // exp(logit - max), and exactly 0 for a masked (-infinity) logit.
 fn weight_of(logit: f32, max_logit: f32) -> f32 {
-    if bitcast<u32>(logit) == 0xff800000u { return 0.0; }
+    if is_neg_infinity(logit) { return 0.0; }
     return exp(max(logit - max_logit, -100.0));
 }

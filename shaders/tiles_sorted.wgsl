@@ -21,3 +21,7 @@ fn tile_row(tile: Tile, i: u32) -> u32 {
 fn assignment_of(row: u32) -> u32 {
     return assignment_of_row[row];
 }
+
+fn token_of(row: u32) -> u32 {
+    return assignment_of_row[row] / params.top_k;
+}

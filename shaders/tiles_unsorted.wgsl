@@ -39,3 +39,7 @@ fn tile_row(tile: Tile, i: u32) -> u32 {
 fn assignment_of(row: u32) -> u32 {
     return row;
 }
+
+fn token_of(row: u32) -> u32 {
+    return row / params.top_k;
+}

@@ -232,7 +232,7 @@ impl<'a> Case<'a> {
         let tiles = reference::permute::tiles(&self.expected.permutation.expert_offsets, plan.params.tile_m);
         let mut words: Vec<u32> = tiles.iter().flat_map(|t| [t.expert, t.first_row, t.num_rows]).collect();
         while words.len() < 3 * plan.params.num_tile_slots as usize {
-            words.extend([self.config.num_experts(), 0, 0]);
+            words.extend([self.config.num_weighted_experts(), 0, 0]);
         }
         words
     }

@@ -1,17 +1,19 @@
 //! The layer as a program uses it: load, forward, record.
 
 use crate::context::{Context, Engine};
-use crate::cpu::CpuLayer;
+use crate::cpu::{self, CpuLayer};
 use crate::error::{Error, Result};
 use crate::gpu::context::lock;
-use crate::gpu::layer::GpuLayer;
+use crate::gpu::layer::{GpuLayer, RecordedFront, Recording};
 use crate::gpu::{Buffer, CommandEncoder, PassStats, StageTime};
 use crate::kernels::Stage;
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
+use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
-use crate::model::weights::{MoeWeights, WeightFormat, check_finite};
-use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
+use crate::model::statistics::Statistics;
+use crate::model::weights::{MoeWeights, WeightFormat};
+use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, OptionalTensors, Plan};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -72,6 +74,7 @@ struct CpuLast {
     x: Vec<f32>,
     y: Vec<f32>,
     num_tokens: u32,
+    tokens_per_sequence: Option<u32>,
     routing: Option<RoutingDecision>,
 }
 
@@ -106,7 +109,9 @@ impl MoeLayer {
                     device.max_storage_binding = device.max_storage_binding.min(most);
                 }
                 let request = MatmulRequest { variant: options.matmul, choice: options.tile };
-                let plan = LayerPlan::new(&config, options.weights, &device, &request)?;
+                let tensors = OptionalTensors::of(weights);
+                let experts = config.num_experts();
+                let plan = LayerPlan::with_tensors(&config, tensors, options.weights, &device, &request, experts)?;
                 LayerEngine::Gpu(Box::new(gpu.explain(GpuLayer::new(gpu, plan, weights).await)?))
             }
             Engine::Cpu => {
@@ -143,21 +148,50 @@ impl MoeLayer {
 
     /// As [`MoeLayer::forward_into`], without blocking.
     pub async fn forward_async(&self, x: &[f32], y: &mut [f32]) -> Result<()> {
-        let num_tokens = self.check_input(x)?;
-        if y.len() != x.len() {
+        self.forward_batch_async(&Batch::from(x), y).await
+    }
+
+    /// As [`MoeLayer::forward`], for a batch that brings more than activations: token ids, given experts, sequences of
+    /// a length, a seed for the router's noise, logits or assignments.
+    ///
+    /// # Errors
+    /// Those of [`Batch::check`]; logits that are not finite; what the device reports.
+    pub fn forward_batch(&self, batch: &Batch<'_>) -> Result<Vec<f32>> {
+        let mut y = vec![0.0; batch.x.len()];
+        pollster::block_on(self.forward_batch_async(batch, &mut y))?;
+        Ok(y)
+    }
+
+    /// The layer behind a router of the caller's: `logits [num_tokens, num_experts]`, after scale and cap. Scores,
+    /// selection, weights and capacity are the layer's.
+    pub fn forward_with_logits(&self, x: &[f32], logits: &[f32]) -> Result<Vec<f32>> {
+        self.forward_batch(&Batch { front: Front::Logits(logits), ..Batch::from(x) })
+    }
+
+    /// The layer without its router: `experts` and `weights`, each `[num_tokens, top_k]`, are final. -1 is nobody, and
+    /// contributes nothing.
+    pub fn forward_with_assignments(&self, x: &[f32], experts: &[i32], weights: &[f32]) -> Result<Vec<f32>> {
+        self.forward_batch(&Batch { front: Front::Assignments { experts, weights }, ..Batch::from(x) })
+    }
+
+    /// As [`MoeLayer::forward_batch`], into `y [num_tokens, hidden_size]`, without blocking.
+    pub async fn forward_batch_async(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<()> {
+        let num_tokens = batch.check(&self.config)?;
+        if y.len() != batch.x.len() {
             let shape = format!("[{num_tokens}, {}]", self.config.hidden_size());
-            return Err(Error::LengthMismatch { tensor: "y", shape, expected: x.len(), found: y.len() });
+            return Err(Error::LengthMismatch { tensor: "y", shape, expected: batch.x.len(), found: y.len() });
         }
         match &self.engine {
-            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.gpu().explain(layer.forward(x, y).await),
+            LayerEngine::Gpu(layer) if num_tokens > 0 => layer.gpu().explain(layer.forward(batch, y).await),
             LayerEngine::Gpu(layer) => {
                 layer.forward_nothing().await;
                 Ok(())
             }
             LayerEngine::Cpu(cpu) => {
-                let routing = cpu.layer.forward_into(x, y)?;
+                let routing = cpu.layer.forward_batch(batch, y)?;
                 let mut last = lock(&cpu.last);
                 last.num_tokens = num_tokens;
+                last.tokens_per_sequence = batch.tokens_per_sequence;
                 last.routing = Some(routing);
                 Ok(())
             }
@@ -166,19 +200,77 @@ impl MoeLayer {
 
     /// Puts the pass into the caller's encoder: no submit, no wait, no readback. `x` and `y` are storage buffers of at
     /// least `num_tokens * hidden_size` f32 values. What a NaN or an infinity in `x` makes of its token's row is that
-    /// row's NaN: nobody looks at it here. Zero tokens record nothing.
+    /// row's NaN: nobody looks at it here. Zero tokens record nothing. The router's noise is off.
     ///
     /// The layer's scratch buffers are shared by all passes recorded with it, so submit encoders in the order in which
     /// they were recorded, all on the queue the context was made from.
     pub fn record(&self, encoder: &mut CommandEncoder, x: &Buffer, y: &Buffer, num_tokens: u32) -> Result<()> {
+        self.record_front(encoder, Recording { x, y, num_tokens, front: RecordedFront::Router })
+    }
+
+    /// As [`MoeLayer::record`], for a layer whose choices are given: `ids` holds token ids `[num_tokens]` (u32) for a
+    /// token table, or experts `[num_tokens, top_k]` (i32, -1 for nobody). Ids out of range are nobody. The buffer has
+    /// to allow `COPY_SRC`.
+    pub fn record_with_ids(
+        &self,
+        encoder: &mut CommandEncoder,
+        x: &Buffer,
+        ids: &Buffer,
+        y: &Buffer,
+        num_tokens: u32,
+    ) -> Result<()> {
+        self.record_front(encoder, Recording { x, y, num_tokens, front: RecordedFront::Ids(ids) })
+    }
+
+    /// As [`MoeLayer::record`], behind a router of the caller's: `logits [num_tokens, num_experts]` as in
+    /// [`MoeLayer::forward_with_logits`], in a buffer that allows `COPY_SRC`.
+    pub fn record_with_logits(
+        &self,
+        encoder: &mut CommandEncoder,
+        x: &Buffer,
+        logits: &Buffer,
+        y: &Buffer,
+        num_tokens: u32,
+    ) -> Result<()> {
+        self.record_front(encoder, Recording { x, y, num_tokens, front: RecordedFront::Logits(logits) })
+    }
+
+    /// As [`MoeLayer::record`], without the layer's router: `experts` (i32) and `weights` as in
+    /// [`MoeLayer::forward_with_assignments`], in buffers that allow `COPY_SRC`. Experts out of range are nobody.
+    pub fn record_with_assignments(
+        &self,
+        encoder: &mut CommandEncoder,
+        x: &Buffer,
+        [experts, weights]: [&Buffer; 2],
+        y: &Buffer,
+        num_tokens: u32,
+    ) -> Result<()> {
+        let front = RecordedFront::Assignments { experts, weights };
+        self.record_front(encoder, Recording { x, y, num_tokens, front })
+    }
+
+    fn record_front(&self, encoder: &mut CommandEncoder, recording: Recording<'_>) -> Result<()> {
         match &self.engine {
-            _ if num_tokens == 0 => Ok(()),
-            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.record(encoder, x, y, num_tokens))),
+            _ if recording.num_tokens == 0 => Ok(()),
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.record(encoder, &recording))),
             LayerEngine::Cpu(_) => Err(Error::Unsupported {
                 what: "recording into an encoder".to_owned(),
                 by: "by the embedded CPU engine".to_owned(),
                 hint: "call forward".to_owned(),
             }),
+        }
+    }
+
+    /// How evenly the last forward, or the last recorded pass once it was submitted, used its experts: load-balancing
+    /// losses, router z-loss, entropy, dropped assignments. On a GPU the sums are made there, and read back.
+    pub fn statistics(&self) -> Result<Statistics> {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.statistics())),
+            LayerEngine::Cpu(cpu) => {
+                let last = lock(&cpu.last);
+                let Some(routing) = &last.routing else { return Ok(Statistics::default()) };
+                cpu::statistics(&self.config, routing, last.tokens_per_sequence.unwrap_or(last.num_tokens) as usize)
+            }
         }
     }
 
@@ -206,7 +298,14 @@ impl MoeLayer {
     /// Makes `x [num_tokens, hidden_size]` the resident input of [`MoeLayer::run_resident`] and
     /// [`MoeLayer::profile`].
     pub fn upload(&self, x: &[f32]) -> Result<()> {
-        let num_tokens = self.check_input(x)?;
+        if self.config.routing().choices_are_given() {
+            return Err(Error::Unsupported {
+                what: "a resident input".to_owned(),
+                by: format!("by a layer whose choices are {:?}", self.config.routing().selection),
+                hint: "call forward_batch, or record_with_ids".to_owned(),
+            });
+        }
+        let num_tokens = Batch::from(x).check(&self.config)?;
         if num_tokens == 0 {
             return Err(Error::config("num_tokens", 0, "at least 1 for a resident input"));
         }
@@ -214,7 +313,8 @@ impl MoeLayer {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.upload(x))),
             LayerEngine::Cpu(cpu) => {
                 let mut last = lock(&cpu.last);
-                *last = CpuLast { x: x.to_vec(), y: vec![0.0; x.len()], num_tokens, routing: None };
+                let y = vec![0.0; x.len()];
+                *last = CpuLast { x: x.to_vec(), y, num_tokens, ..CpuLast::default() };
                 Ok(())
             }
         }
@@ -275,17 +375,5 @@ impl MoeLayer {
             LayerEngine::Gpu(layer) => layer.plan().passes(num_tokens).count(),
             LayerEngine::Cpu(_) => usize::from(num_tokens > 0),
         }
-    }
-
-    /// Number of tokens in `x`, whose values are all finite.
-    fn check_input(&self, x: &[f32]) -> Result<u32> {
-        let h = self.config.hidden_size() as usize;
-        if !x.len().is_multiple_of(h) || u32::try_from(x.len() / h).is_err() {
-            let shape = format!("[num_tokens, {h}]");
-            let expected = x.len().div_ceil(h) * h;
-            return Err(Error::LengthMismatch { tensor: "x", shape, expected, found: x.len() });
-        }
-        check_finite("x", x)?;
-        Ok((x.len() / h) as u32)
     }
 }

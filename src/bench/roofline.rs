@@ -83,7 +83,7 @@ pub fn dense_matmul_time(context: &Context, m: u32, n: u32, k: u32, format: Weig
     let routing = Routing::softmax(true);
     let Ok(config) = MoeConfig::new(n, k, 1, 1, routing, Activation::SWIGLU) else { return Ok(None) };
     let Ok(plan) = LayerPlan::new(&config, format, gpu.profile(), &MatmulRequest::default()) else { return Ok(None) };
-    if plan.down_pages().len() > 1 || plan.max_tokens() < m {
+    if plan.pages("down_weights").len() > 1 || plan.max_tokens() < m {
         return Ok(None);
     }
     let weights = |len: u32| vec![0.5f32; len as usize];

@@ -84,6 +84,11 @@ impl CpuLayer {
         self.format
     }
 
+    /// SHIM
+    pub fn forward_batch(&self, batch: &crate::Batch<'_>, y: &mut [f32]) -> Result<RoutingDecision> {
+        self.forward_into(batch.x, y)
+    }
+
     /// The layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]`; `num_tokens` follows from the
     /// length and may be 0. Every element of `y` is written, or none on an error.
     ///
@@ -179,4 +184,9 @@ fn reserve(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
         buffer.resize(len, 0.0);
     }
     Ok(&mut buffer[..len])
+}
+
+/// SHIM
+pub(crate) fn statistics(_: &MoeConfig, _: &RoutingDecision, _: usize) -> Result<crate::Statistics> {
+    Ok(crate::Statistics::default())
 }

@@ -122,7 +122,7 @@ impl<'a> Harness<'a> {
         }
         let mut steps = Vec::new();
         for dispatch in plan.dispatches.iter().filter(|d| d.kernel.stage == stage) {
-            let uniform = self.gpu.filled_buffer("params", dispatch.uniform(), Usage::UNIFORM).await?;
+            let uniform = self.gpu.filled_buffer("params", dispatch.uniform.bytes(), Usage::UNIFORM).await?;
             let pipeline = pipeline(self.gpu, &dispatch.kernel).await?;
             let find = |name: &'static str| {
                 if let Some(index) = outputs.iter().position(|output| output.name == name) {
@@ -141,15 +141,9 @@ impl<'a> Harness<'a> {
         Ok(Bound { steps, outputs: written })
     }
 
-    fn own_buffer(&self, dispatch: &Dispatch, name: &str) -> Option<&wgpu::Buffer> {
-        let page = dispatch.matmul.map_or(0, |(_, page)| page);
-        match (name, dispatch.kernel.stage) {
-            ("router_weights", _) => Some(&self.weights.router),
-            ("router_bias", _) => Some(&self.weights.router_bias),
-            ("weights", Stage::GateUp) => self.weights.gate_up.get(page),
-            ("weights", Stage::Down) => self.weights.down.get(page),
-            _ => None,
-        }
+    /// Weights, unless the caller gave something of that name.
+    fn own_buffer(&self, dispatch: &Dispatch, binding: &'static str) -> Option<&wgpu::Buffer> {
+        self.weights.find(dispatch.buffer(binding), dispatch.page)
     }
 }
 

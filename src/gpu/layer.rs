@@ -5,12 +5,12 @@ use super::pipeline::{self, Pipeline};
 use super::recorder::{PassStats, Recorder, Timestamps};
 use super::weights::DeviceWeights;
 use crate::error::{Error, Result};
-use crate::kernels::Stage;
+use crate::kernels::router::FrontKind;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
-use crate::plan::{LayerPlan, Plan};
+use crate::plan::{LayerPlan, PassKind, Plan};
 use async_lock::Mutex;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 mod host;
@@ -18,7 +18,7 @@ mod host;
 /// Prepared passes that are kept, one for each number of tokens seen.
 const MAX_PASSES: usize = 64;
 /// Bytes of a uniform that are bound: at least those of the larger one.
-const UNIFORM_BYTES: u64 = 64;
+const UNIFORM_BYTES: u64 = 96;
 /// Uniforms of one pass share a buffer; each starts at a multiple of this.
 const UNIFORM_ALIGNMENT: u64 = 256;
 /// Bindings that are a part of a storage buffer start at a multiple of this on every device.
@@ -39,10 +39,14 @@ struct State {
     capacity: u32,
     scratch: HashMap<&'static str, wgpu::Buffer>,
     io: Option<Io>,
-    passes: HashMap<u32, Prepared>,
+    passes: HashMap<PassKey, Prepared>,
     /// Bind groups of the last (pass, x, y), so that repeating a pass creates nothing.
-    bound: HashMap<u32, Bound>,
+    bound: HashMap<PassKey, Bound>,
     last: PassStats,
+    /// What kind of pass the last one was.
+    last_kind: PassKind,
+    /// Tokens of each of its sequences.
+    last_sequence: Option<u32>,
     /// Tokens in the layer's own x, for passes on resident input; 0 if there is nothing.
     resident: u32,
     /// Set when the last forward took several passes, whose device buffers no longer hold all of the routing.
@@ -55,10 +59,15 @@ struct Io {
     y: wgpu::Buffer,
     /// Mapped between calls, so that an upload allocates nothing.
     upload: wgpu::Buffer,
-    /// y, then the status word.
+    /// y, then the status words.
     download: wgpu::Buffer,
+    /// What a pass gets beside x, for those that get more; mapped between calls.
+    front: Option<wgpu::Buffer>,
     capacity: u32,
 }
+
+/// Tokens of a pass, and its kind.
+type PassKey = (u32, PassKind);
 
 /// A pass with everything but x and y in place.
 struct Prepared {
@@ -96,21 +105,30 @@ impl GpuLayer {
     /// Buffers, pipelines and uniforms for batches of `num_tokens` tokens.
     pub(crate) async fn prepare(&self, num_tokens: u32) -> Result<()> {
         let mut state = self.state.lock().await;
-        self.prepare_passes(&mut state, num_tokens).await
+        self.prepare_passes(&mut state, num_tokens, PassKind::default()).await
     }
 
-    async fn prepare_passes(&self, state: &mut State, num_tokens: u32) -> Result<()> {
-        self.grow(state, num_tokens.min(self.plan.max_tokens())).await?;
-        // All passes but the last have the same size.
-        let wanted: BTreeSet<u32> = self.plan.passes(num_tokens).map(|(_, tokens)| tokens).collect();
-        let missing: Vec<u32> = wanted.iter().copied().filter(|tokens| !state.passes.contains_key(tokens)).collect();
-        if state.passes.len() + missing.len() > MAX_PASSES {
-            state.passes.retain(|tokens, _| wanted.contains(tokens));
-            state.bound.retain(|tokens, _| wanted.contains(tokens));
+    async fn prepare_passes(&self, state: &mut State, num_tokens: u32, kind: PassKind) -> Result<()> {
+        let max_tokens = self.plan.max_tokens();
+        if num_tokens > max_tokens && self.plan.config().routing().capacity.is_some() {
+            return Err(Error::LimitExceeded {
+                what: "tokens of a batch whose experts have a capacity".to_owned(),
+                required: num_tokens.into(),
+                available: max_tokens.into(),
+                hint: "who is dropped depends on the whole batch, so it has to fit one pass; use fewer tokens",
+            });
         }
-        for tokens in missing {
-            let prepared = self.prepare_pass(tokens).await?;
-            state.passes.insert(tokens, prepared);
+        self.grow(state, num_tokens.min(max_tokens)).await?;
+        // All passes but the last have the same size.
+        let wanted: HashSet<PassKey> = self.plan.passes(num_tokens).map(|(_, tokens)| (tokens, kind)).collect();
+        let missing: Vec<PassKey> = wanted.iter().copied().filter(|key| !state.passes.contains_key(key)).collect();
+        if state.passes.len() + missing.len() > MAX_PASSES {
+            state.passes.retain(|key, _| wanted.contains(key));
+            state.bound.retain(|key, _| wanted.contains(key));
+        }
+        for key in missing {
+            let prepared = self.prepare_pass(key).await?;
+            state.passes.insert(key, prepared);
         }
         Ok(())
     }
@@ -136,16 +154,18 @@ impl GpuLayer {
         Ok(())
     }
 
-    async fn prepare_pass(&self, num_tokens: u32) -> Result<Prepared> {
-        let plan = self.plan.plan(num_tokens)?;
+    async fn prepare_pass(&self, (num_tokens, kind): PassKey) -> Result<Prepared> {
+        let plan = self.plan.plan_pass(num_tokens, kind)?;
         let mut pipelines = Vec::new();
         let mut uniforms = vec![0u8; plan.dispatches.len() * UNIFORM_ALIGNMENT as usize];
         for (dispatch, slot) in plan.dispatches.iter().zip(uniforms.chunks_exact_mut(UNIFORM_ALIGNMENT as usize)) {
-            let bytes = dispatch.uniform();
+            let bytes = dispatch.uniform.bytes();
             slot[..bytes.len()].copy_from_slice(bytes);
             pipelines.push(pipeline::pipeline(&self.gpu, &dispatch.kernel).await?);
         }
-        let uniforms = self.gpu.filled_buffer("params", &uniforms, wgpu::BufferUsages::UNIFORM).await?;
+        // The key of the router's noise is written for each pass.
+        let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
+        let uniforms = self.gpu.filled_buffer("params", &uniforms, usage).await?;
         Ok(Prepared { plan, uniforms, pipelines })
     }
 
@@ -153,16 +173,17 @@ impl GpuLayer {
     async fn bind(
         &self,
         state: &mut State,
-        num_tokens: u32,
+        key: PassKey,
         first_token: u32,
         x: &wgpu::Buffer,
         y: &wgpu::Buffer,
     ) -> Result<()> {
         let same = |b: &Bound| b.x == *x && b.y == *y && b.first_token == first_token;
-        if state.bound.get(&num_tokens).is_some_and(same) {
+        if state.bound.get(&key).is_some_and(same) {
             return Ok(());
         }
-        let Some(pass) = state.passes.get(&num_tokens) else { return Err(unprepared(num_tokens)) };
+        let num_tokens = key.0;
+        let Some(pass) = state.passes.get(&key) else { return Err(unprepared(num_tokens)) };
         let row_bytes = u64::from(self.plan.config().hidden_size()) * 4;
         let tokens = |buffer| wgpu::BufferBinding {
             buffer,
@@ -171,10 +192,8 @@ impl GpuLayer {
         };
         let mut bind_groups = Vec::new();
         for (index, (dispatch, pipeline)) in pass.plan.dispatches.iter().zip(&pass.pipelines).enumerate() {
-            let stage = dispatch.kernel.stage;
-            let page = dispatch.matmul.map_or(0, |(_, page)| page);
-            let find = |name: &'static str| {
-                let buffer = match name {
+            let find = |binding: &'static str| {
+                let buffer = match dispatch.buffer(binding) {
                     "params" => {
                         return Some(wgpu::BufferBinding {
                             buffer: &pass.uniforms,
@@ -182,22 +201,15 @@ impl GpuLayer {
                             size: std::num::NonZeroU64::new(UNIFORM_BYTES),
                         });
                     }
-                    // down reads what gate_up wrote
-                    "x" if stage == Stage::Down => state.scratch.get("intermediate"),
                     "x" => return Some(tokens(x)),
                     "y" => return Some(tokens(y)),
-                    "router_weights" => Some(&self.weights.router),
-                    "router_bias" => Some(&self.weights.router_bias),
-                    "weights" if stage == Stage::GateUp => self.weights.gate_up.get(page),
-                    "weights" => self.weights.down.get(page),
-                    "row_of_assignment" if !pass.plan.matmul.sorted() => state.scratch.get("identity"),
-                    other => state.scratch.get(other),
+                    name => self.weights.find(name, dispatch.page).or_else(|| state.scratch.get(name)),
                 };
                 buffer.map(wgpu::Buffer::as_entire_buffer_binding)
             };
             bind_groups.push(pipeline.bind(&self.gpu, find).await?);
         }
-        state.bound.insert(num_tokens, Bound { x: x.clone(), y: y.clone(), first_token, bind_groups });
+        state.bound.insert(key, Bound { x: x.clone(), y: y.clone(), first_token, bind_groups });
         Ok(())
     }
 
@@ -206,11 +218,11 @@ impl GpuLayer {
         &self,
         state: &State,
         encoder: &mut wgpu::CommandEncoder,
-        num_tokens: u32,
+        key: PassKey,
         timestamps: Option<&Timestamps>,
     ) -> Result<u32> {
-        let (Some(pass), Some(bound)) = (state.passes.get(&num_tokens), state.bound.get(&num_tokens)) else {
-            return Err(unprepared(num_tokens));
+        let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&key)) else {
+            return Err(unprepared(key.0));
         };
         if let Some(status) = state.scratch.get("status") {
             encoder.clear_buffer(status, 0, None);
@@ -231,31 +243,44 @@ impl GpuLayer {
     }
 
     /// The whole batch into the caller's encoder: no submit, no wait.
-    pub(crate) async fn record(
-        &self,
-        encoder: &mut wgpu::CommandEncoder,
-        x: &wgpu::Buffer,
-        y: &wgpu::Buffer,
-        num_tokens: u32,
-    ) -> Result<()> {
-        let bytes = u64::from(num_tokens) * u64::from(self.plan.config().hidden_size()) * 4;
-        for (what, buffer) in [("x", x), ("y", y)] {
-            if buffer.size() < bytes {
-                return Err(Error::LimitExceeded {
-                    what: format!("buffer {what} for {num_tokens} tokens"),
-                    required: bytes,
-                    available: buffer.size(),
-                    hint: "pass a buffer of num_tokens * hidden_size f32 values",
-                });
-            }
-            if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-                return Err(Error::Unsupported {
-                    what: format!("buffer {what} without BufferUsages::STORAGE"),
-                    by: "in MoeLayer::record".to_owned(),
-                    hint: "create it with that usage".to_owned(),
-                });
-            }
+    pub(crate) async fn record(&self, encoder: &mut wgpu::CommandEncoder, recording: &Recording<'_>) -> Result<()> {
+        let Recording { x, y, num_tokens, .. } = *recording;
+        let c = self.plan.config();
+        let tokens_bytes = |columns: u32| u64::from(num_tokens) * u64::from(columns) * 4;
+        let bytes = tokens_bytes(c.hidden_size());
+        check_buffer("x", x, num_tokens, bytes, wgpu::BufferUsages::STORAGE)?;
+        check_buffer("y", y, num_tokens, bytes, wgpu::BufferUsages::STORAGE)?;
+        // (buffer of the caller, where it goes)
+        let copies: Vec<(&wgpu::Buffer, &'static str, u64)> = match recording.front {
+            RecordedFront::Router => Vec::new(),
+            RecordedFront::Ids(ids) if c.vocab_size().is_some() => vec![(ids, "token_ids", tokens_bytes(1))],
+            RecordedFront::Ids(ids) => vec![(ids, "topk_experts", tokens_bytes(c.top_k()))],
+            RecordedFront::Logits(logits) => vec![(logits, "router_logits", tokens_bytes(c.num_experts()))],
+            RecordedFront::Assignments { experts, weights } => vec![
+                (experts, "topk_experts", tokens_bytes(c.top_k())),
+                (weights, "topk_weights", tokens_bytes(c.top_k())),
+            ],
+        };
+        for &(buffer, name, bytes) in &copies {
+            check_buffer(name, buffer, num_tokens, bytes, wgpu::BufferUsages::COPY_SRC)?;
         }
+        let wants_ids = c.routing().choices_are_given();
+        let is_router = matches!(recording.front, RecordedFront::Router);
+        if (wants_ids && is_router) || (!wants_ids && matches!(recording.front, RecordedFront::Ids(_))) {
+            return Err(Error::Unsupported {
+                what: if wants_ids { "recording without ids" } else { "recording with ids" }.to_owned(),
+                by: format!("by a layer whose choices are {:?}", c.routing().selection),
+                hint: if wants_ids { "call record_with_ids" } else { "call record" }.to_owned(),
+            });
+        }
+        let kind = PassKind {
+            front: match recording.front {
+                RecordedFront::Router | RecordedFront::Ids(_) => FrontKind::Router,
+                RecordedFront::Logits(_) => FrontKind::Logits,
+                RecordedFront::Assignments { .. } => FrontKind::Assignments,
+            },
+            ..PassKind::default()
+        };
         if x == y {
             return Err(Error::Unsupported {
                 what: "the same buffer as x and y".to_owned(),
@@ -276,13 +301,21 @@ impl GpuLayer {
         let mut state = self.state.lock().await;
         let readbacks = self.gpu.readbacks();
         let allocations = self.gpu.allocations();
-        self.prepare_passes(&mut state, num_tokens).await?;
+        self.prepare_passes(&mut state, num_tokens, kind).await?;
         let mut dispatches = 0;
         for (first_token, tokens) in self.plan.passes(num_tokens) {
-            self.bind(&mut state, tokens, first_token, x, y).await?;
-            dispatches += self.record_pass(&state, encoder, tokens, None)?;
+            for &(buffer, name, bytes) in &copies {
+                let row_bytes = bytes / u64::from(num_tokens);
+                let Some(scratch) = state.scratch.get(name) else { return Err(unprepared(tokens)) };
+                let (from, size) = (u64::from(first_token) * row_bytes, u64::from(tokens) * row_bytes);
+                encoder.copy_buffer_to_buffer(buffer, from, scratch, 0, size);
+            }
+            self.bind(&mut state, (tokens, kind), first_token, x, y).await?;
+            dispatches += self.record_pass(&state, encoder, (tokens, kind), None)?;
         }
         state.routing = None;
+        state.last_kind = kind;
+        state.last_sequence = None;
         state.last = self.stats(num_tokens, dispatches, readbacks, allocations);
         Ok(())
     }
@@ -310,6 +343,46 @@ impl GpuLayer {
 pub(super) async fn submit_and_wait(gpu: &Gpu, encoder: wgpu::CommandEncoder, during: &'static str) -> Result<()> {
     let commands = gpu.scoped("recording commands", |_| encoder.finish()).await?;
     gpu.run(commands, during).await
+}
+
+/// What is recorded, and where.
+pub(crate) struct Recording<'a> {
+    pub(crate) x: &'a wgpu::Buffer,
+    pub(crate) y: &'a wgpu::Buffer,
+    pub(crate) num_tokens: u32,
+    pub(crate) front: RecordedFront<'a>,
+}
+
+/// Who routes a recorded pass, with buffers.
+#[derive(Clone, Copy)]
+pub(crate) enum RecordedFront<'a> {
+    Router,
+    /// Token ids, or given experts.
+    Ids(&'a wgpu::Buffer),
+    Logits(&'a wgpu::Buffer),
+    Assignments {
+        experts: &'a wgpu::Buffer,
+        weights: &'a wgpu::Buffer,
+    },
+}
+
+fn check_buffer(what: &str, buffer: &wgpu::Buffer, tokens: u32, bytes: u64, usage: wgpu::BufferUsages) -> Result<()> {
+    if buffer.size() < bytes {
+        return Err(Error::LimitExceeded {
+            what: format!("buffer {what} for {tokens} tokens"),
+            required: bytes,
+            available: buffer.size(),
+            hint: "pass a buffer of 4 bytes for each element: num_tokens * hidden_size for x and y",
+        });
+    }
+    if !buffer.usage().contains(usage) {
+        return Err(Error::Unsupported {
+            what: format!("buffer {what} without {usage:?}"),
+            by: "in MoeLayer::record".to_owned(),
+            hint: "create it with that usage".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 fn unprepared(num_tokens: u32) -> Error {

@@ -2,7 +2,6 @@
 
 use super::context::{Gpu, read_mapped};
 use crate::error::Result;
-use crate::kernels::Stage;
 use serde::Serialize;
 
 /// What a pass did, as the recorder counted it.
@@ -99,14 +98,14 @@ impl Timestamps {
     }
 }
 
-/// Adds up times by stage, in the order of the pass.
-pub(super) fn by_stage(times: impl Iterator<Item = (Stage, f64)> + Clone) -> Vec<StageTime> {
-    Stage::ALL
-        .into_iter()
-        .filter(|&stage| times.clone().any(|(s, _)| s == stage))
-        .map(|stage| StageTime {
-            name: stage.name(),
-            seconds: times.clone().filter(|&(s, _)| s == stage).map(|(_, t)| t).sum(),
-        })
-        .collect()
+/// Adds up times by stage, in the order in which they first come.
+pub(super) fn by_stage(times: impl Iterator<Item = (&'static str, f64)>) -> Vec<StageTime> {
+    let mut stages: Vec<StageTime> = Vec::new();
+    for (name, seconds) in times {
+        match stages.iter_mut().find(|stage| stage.name == name) {
+            Some(stage) => stage.seconds += seconds,
+            None => stages.push(StageTime { name, seconds }),
+        }
+    }
+    stages
 }

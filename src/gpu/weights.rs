@@ -3,54 +3,158 @@
 use super::context::Gpu;
 use crate::error::{Error, Result};
 use crate::kernels::matmul::LANE_COLUMNS;
+use crate::model::config::MoeConfig;
 use crate::model::weights::{MoeWeights, WeightFormat};
 use crate::plan::LayerPlan;
 use crate::plan::pages::WeightPage;
 use rayon::prelude::*;
+use std::collections::HashMap;
 
-/// A layer's weights in device buffers.
+/// A layer's weights in device buffers, by the names that plans bind them by.
 pub(super) struct DeviceWeights {
-    /// `[num_experts, hidden_size padded to 4]`, f32
-    pub(super) router: wgpu::Buffer,
-    /// `[num_experts]`, f32; zeros where the layer has no bias
-    pub(super) router_bias: wgpu::Buffer,
-    /// Rows 2i and 2i+1 of an expert are row i of its gate_proj and of its up_proj.
-    pub(super) gate_up: Vec<wgpu::Buffer>,
-    pub(super) down: Vec<wgpu::Buffer>,
+    /// Matrices, in pages.
+    pub(super) pages: HashMap<&'static str, Vec<wgpu::Buffer>>,
+    /// Everything else.
+    pub(super) vectors: HashMap<&'static str, wgpu::Buffer>,
 }
+
+/// All buffers may be copied: adding and removing experts moves them on the device.
+pub(super) const USAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 impl DeviceWeights {
     pub(super) async fn upload(gpu: &Gpu, plan: &LayerPlan, weights: &MoeWeights) -> Result<Self> {
         let c = plan.config();
-        let [h, i, e] = [c.hidden_size(), c.intermediate_size(), c.num_experts()].map(|n| n as usize);
-        let storage = wgpu::BufferUsages::STORAGE;
-
-        let stride = h.next_multiple_of(4);
-        let mut router = vec![0.0f32; e * stride];
-        for (padded, row) in router.chunks_exact_mut(stride).zip(weights.router.chunks_exact(h)) {
-            padded[..h].copy_from_slice(row);
+        let mut pages = HashMap::new();
+        for matrix in plan.matrices() {
+            let source = PackedRows::of(matrix.name, c, weights);
+            let mut buffers = Vec::new();
+            for page in &matrix.pages {
+                buffers.push(upload_page(gpu, matrix.name, matrix.format, page, |e, n| source.row(e, n)).await?);
+            }
+            pages.insert(matrix.name, buffers);
         }
-        let bias = weights.router_bias.clone().unwrap_or_else(|| vec![0.0; e]);
-        let router = gpu.filled_buffer("router_weights", bytemuck::cast_slice(&router), storage).await?;
-        let router_bias = gpu.filled_buffer("router_bias", bytemuck::cast_slice(&bias), storage).await?;
-
-        // gate and up rows alternate; rows past intermediate_size are padding
-        let gate_up_row = |expert: usize, column: usize| {
-            let from = if column.is_multiple_of(2) { &weights.gate_proj } else { &weights.up_proj };
-            (column / 2 < i).then(|| &from[(expert * i + column / 2) * h..][..h])
-        };
-        let down_row =
-            |expert: usize, column: usize| (column < h).then(|| &weights.down_proj[(expert * h + column) * i..][..i]);
-        let mut gate_up = Vec::new();
-        for page in plan.gate_up_pages() {
-            gate_up.push(upload_page(gpu, "gate_up weights", plan.format(), page, gate_up_row).await?);
+        let mut vectors = HashMap::new();
+        for (name, words) in vectors_of(c, weights) {
+            vectors.insert(name, gpu.filled_buffer(name, bytemuck::cast_slice(&words), USAGE).await?);
         }
-        let mut down = Vec::new();
-        for page in plan.down_pages() {
-            down.push(upload_page(gpu, "down weights", plan.format(), page, down_row).await?);
-        }
-        Ok(Self { router, router_bias, gate_up, down })
+        Ok(Self { pages, vectors })
     }
+
+    /// The buffer of this name, or a page of it.
+    pub(super) fn find(&self, name: &str, page: usize) -> Option<&wgpu::Buffer> {
+        match self.pages.get(name) {
+            Some(pages) => pages.get(page),
+            None => self.vectors.get(name),
+        }
+    }
+}
+
+/// Where the packed rows of a matrix come from.
+pub(super) struct PackedRows<'a> {
+    /// Alternate with those of `second` if there is one.
+    first: &'a [f32],
+    second: Option<&'a [f32]>,
+    rows: usize,
+    inputs: usize,
+}
+
+impl<'a> PackedRows<'a> {
+    fn of(name: &str, c: &MoeConfig, weights: &'a MoeWeights) -> Self {
+        let [h, i, d] = [c.hidden_size(), c.intermediate_size(), c.expert_size()].map(|n| n as usize);
+        let s = c.extras().shared.map_or(0, |shared| shared.intermediate_size) as usize;
+        let x = &weights.extras;
+        let empty: &[f32] = &[];
+        let gated = |gate: &'a [f32], up: &'a [f32], is_gated: bool, rows, inputs| Self {
+            first: if is_gated { gate } else { up },
+            second: is_gated.then_some(up),
+            rows,
+            inputs,
+        };
+        let plain = |first: &'a [f32], rows, inputs| Self { first, second: None, rows, inputs };
+        match name {
+            "gate_up_weights" => gated(&weights.gate_proj, &weights.up_proj, c.activation().is_gated(), i, d),
+            "down_weights" => plain(&weights.down_proj, d, i),
+            "shared_gate_up_weights" => {
+                let is_gated = c.extras().shared.is_some_and(|shared| shared.activation.is_gated());
+                gated(&x.shared_gate_proj, &x.shared_up_proj, is_gated, s, h)
+            }
+            "shared_down_weights" => plain(&x.shared_down_proj, h, s),
+            "latent_in_weights" => plain(x.latent_in.as_deref().unwrap_or(empty), d, h),
+            _ => plain(x.latent_out.as_deref().unwrap_or(empty), h, d),
+        }
+    }
+
+    /// Packed row `column` of an expert; `None`: padding.
+    pub(super) fn row(&self, expert: usize, column: usize) -> Option<&'a [f32]> {
+        let (from, row) = match self.second {
+            Some(second) if !column.is_multiple_of(2) => (second, column / 2),
+            Some(_) => (self.first, column / 2),
+            None => (self.first, column),
+        };
+        (row < self.rows).then(|| from.get((expert * self.rows + row) * self.inputs..)?.get(..self.inputs)).flatten()
+    }
+}
+
+/// Everything that is not a packed matrix, as words.
+pub(super) fn vectors_of(c: &MoeConfig, weights: &MoeWeights) -> Vec<(&'static str, Vec<u32>)> {
+    let [h, e] = [c.hidden_size(), c.num_experts()].map(|n| n as usize);
+    let x = &weights.extras;
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+    // Padded with zeros to whole vec4.
+    let padded = |values: &[f32], width: usize| {
+        let mut words = Vec::new();
+        for row in values.chunks_exact(width) {
+            words.extend(bits(row));
+            words.resize(words.len().next_multiple_of(4), 0);
+        }
+        words
+    };
+    let mut router = Vec::new();
+    for rows in [Some(&weights.router), x.shared_gate.as_ref(), x.group_router.as_ref(), x.router_noise.as_ref()] {
+        for row in rows.into_iter().flat_map(|rows| rows.chunks_exact(h)) {
+            router.extend(bits(row));
+            router.resize(router.len() + h.next_multiple_of(4) - h, 0);
+        }
+    }
+    let or = |values: &Option<Vec<f32>>, other: f32| bits(&values.clone().unwrap_or_else(|| vec![other; e]));
+    let router_vectors =
+        [or(&weights.router_bias, 0.0), or(&x.selection_bias, 0.0), or(&x.per_expert_scale, 1.0)].concat();
+    let mut vectors = vec![("router_weights", router), ("router_vectors", router_vectors)];
+    let expert_size = c.expert_size() as usize;
+    if let Some(up) = &x.up_bias {
+        vectors.push(("gate_up_bias", gate_up_bias(c, x.gate_bias.as_deref(), up)));
+    }
+    vectors.extend(x.down_bias.as_ref().map(|bias| ("down_bias", padded(bias, expert_size))));
+    vectors.extend(x.output_bias.as_ref().map(|bias| ("output_bias", padded(bias, h))));
+    vectors.extend(x.token_table.as_ref().map(|table| ("table", table.clone())));
+    for (name, norm) in [
+        ("router_norm", &x.router_norm),
+        ("expert_norm", &x.expert_norm),
+        ("expert_out_norm", &x.expert_out_norm),
+        ("routed_norm", &x.routed_norm),
+        ("output_norm", &x.output_norm),
+    ] {
+        vectors.extend(norm.as_ref().map(|norm| (name, bits(norm))));
+    }
+    vectors
+}
+
+/// Biases in the order of the packed columns: `[experts, packed columns]`.
+pub(super) fn gate_up_bias(c: &MoeConfig, gate: Option<&[f32]>, up: &[f32]) -> Vec<u32> {
+    let i = c.intermediate_size() as usize;
+    let mut words = Vec::new();
+    for (expert, up) in up.chunks_exact(i).enumerate() {
+        let gate = gate.and_then(|gate| gate.get(expert * i..)).filter(|_| c.activation().is_gated());
+        for column in 0..i.next_multiple_of(4) {
+            if c.activation().is_gated() {
+                let gate = gate.filter(|_| column < i).and_then(|gate| gate.get(column));
+                words.push(gate.copied().unwrap_or(0.0).to_bits());
+            }
+            words.push(up.get(column).copied().unwrap_or(0.0).to_bits());
+        }
+    }
+    words
 }
 
 /// Fills one page: `row(expert, column)` is the f32 row to pack, `None` for padding.
@@ -61,7 +165,7 @@ async fn upload_page<'w>(
     page: &WeightPage,
     row: impl Fn(usize, usize) -> Option<&'w [f32]> + Sync,
 ) -> Result<wgpu::Buffer> {
-    let buffer = gpu.mapped_buffer(label, page.bytes, wgpu::BufferUsages::STORAGE).await?;
+    let buffer = gpu.mapped_buffer(label, page.bytes, USAGE).await?;
     let columns = page.num_columns as usize;
     let quads = (page.end_expert - page.first_expert) as usize * columns / QUAD;
     let quad_bytes = page.bytes as usize / quads;

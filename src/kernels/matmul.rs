@@ -14,6 +14,15 @@ const SUBGROUP_QUADS: u32 = 2;
 /// Rows of a tile of the vec variant.
 pub const VEC_ROWS: u32 = 4;
 
+/// Where tiles come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tiles {
+    /// From permute, or found by scanning a few assignments, as the choice says.
+    Routed,
+    /// Every expert has every token.
+    Dense,
+}
+
 /// The ways to compute the grouped matmul. All share bindings and reference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -146,6 +155,17 @@ impl MatmulChoice {
         }
     }
 
+    /// The same sizes for dense tiles, which are neither sorted nor not.
+    pub fn dense(self) -> Self {
+        match self {
+            MatmulChoice::Vec { workgroup_size, k_lanes, .. } => {
+                MatmulChoice::Vec { workgroup_size, k_lanes, sorted: true }
+            }
+            MatmulChoice::VecSubgroup { subgroup_size, .. } => MatmulChoice::VecSubgroup { subgroup_size, sorted: true },
+            other => other,
+        }
+    }
+
     /// The variant's name and what distinguishes its source.
     pub fn label(self) -> String {
         match self {
@@ -168,13 +188,17 @@ impl MatmulChoice {
     }
 
     /// The kernel of `stage`, whose own files come last; the caller adds the output binding 5.
-    pub(super) fn kernel(self, stage: Stage, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
+    pub(super) fn kernel(self, stage: Stage, tiles: Tiles, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
         let weights = match format {
             WeightFormat::F32 => wgsl!("weights_f32"),
             WeightFormat::F16 => wgsl!("weights_f16"),
         };
         let mut parts = vec![wgsl!("moe_params"), wgsl!("matmul_params"), wgsl!("step"), weights, input.part()];
-        parts.push(if self.sorted() { wgsl!("tiles_sorted") } else { wgsl!("tiles_unsorted") });
+        parts.push(match tiles {
+            Tiles::Dense => wgsl!("tiles_dense"),
+            Tiles::Routed if self.sorted() => wgsl!("tiles_sorted"),
+            Tiles::Routed => wgsl!("tiles_unsorted"),
+        });
         match self {
             MatmulChoice::Tiled { .. } => parts.push(wgsl!("matmul_tiled")),
             MatmulChoice::Subgroup { subgroup_size } => {
@@ -191,14 +215,16 @@ impl MatmulChoice {
             bind(1, "weights", Access::Read), // [page experts, num_columns, 4 * k4]
             bind(2, "x", Access::Read),       // [rows, x_stride]
         ];
-        if self.sorted() {
-            bindings.push(bind(3, "tiles", Access::Read)); // [num_tile_slots]
-            // Only gate_up asks which assignment a row is.
-            if stage == Stage::GateUp {
-                bindings.push(bind(4, "assignment_of_row", Access::Read)); // [num_rows]
+        match tiles {
+            Tiles::Dense => {}
+            Tiles::Routed if self.sorted() => {
+                bindings.push(bind(3, "tiles", Access::Read)); // [num_tile_slots]
+                // Only gate_up asks which assignment a row is.
+                if stage == Stage::GateUp {
+                    bindings.push(bind(4, "assignment_of_row", Access::Read)); // [num_rows]
+                }
             }
-        } else {
-            bindings.push(bind(3, "topk_experts", Access::Read)); // [num_tokens, top_k]
+            Tiles::Routed => bindings.push(bind(3, "topk_experts", Access::Read)), // [num_tokens, top_k]
         }
         let mut overrides = vec![("WG_SIZE", self.workgroup_size())];
         match self {
@@ -208,7 +234,10 @@ impl MatmulChoice {
         }
         Kernel {
             stage,
-            label: format!("{}.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
+            label: match tiles {
+                Tiles::Routed => format!("{}.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
+                Tiles::Dense => format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
+            },
             parts,
             bindings,
             overrides,

@@ -3,18 +3,29 @@
 //! Nothing here is compiled or run; that is `gpu/`. `tests/shader_contract.rs` compares these lists with what naga
 //! finds in the assembled WGSL, so that the two cannot drift.
 
+pub mod capacity;
 pub mod combine;
 pub mod down;
+mod examples;
+pub mod expert_statistics;
 pub mod gate_up;
 pub mod matmul;
+pub mod norm;
 pub mod params;
 pub mod permute;
 pub mod probe_fma;
 pub mod probe_read;
+pub mod reweigh;
 pub mod router;
+pub mod token_statistics;
+pub mod token_table;
 
 use crate::model::activation::Activation;
+use crate::model::routing::{Capacity, Priority, Selection};
 use crate::model::weights::WeightFormat;
+use combine::{Rows, Tail};
+use gate_up::Epilogue;
+use matmul::Tiles;
 
 /// One WGSL file: a kernel's source is a list of them, concatenated as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,11 +74,19 @@ pub(crate) const fn bind(index: u32, name: &'static str, access: Access) -> Bind
     Binding { index, name, access }
 }
 
-/// What a kernel computes: the stages of the pass, in order, and the probes.
+/// What a kernel computes: the stages of the pass, in order, and what is not part of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage {
+    /// Choices by token id.
+    TokenTable,
+    /// Rows divided by their root mean square.
+    Norm,
     /// Logits, selection, weights.
     Router,
+    /// Assignments beyond an expert's capacity dropped.
+    Capacity,
+    /// Weights normalised over what is left.
+    Reweigh,
     /// Assignments sorted by expert.
     Permute,
     /// First projections and activation.
@@ -76,6 +95,10 @@ pub enum Stage {
     Down,
     /// Weighted sum per token.
     Combine,
+    /// Not part of the pass: sums over each token's logits.
+    TokenStatistics,
+    /// Not part of the pass: sums over each sequence, by expert.
+    ExpertStatistics,
     /// Not part of the pass: measures the rate of multiply-adds.
     ProbeFma,
     /// Not part of the pass: measures the rate of reads.
@@ -83,17 +106,23 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Every stage of the pass, in order.
+    /// The stages that every layer has, in order. Others appear only where a layer needs them.
     pub const ALL: [Stage; 5] = [Stage::Router, Stage::Permute, Stage::GateUp, Stage::Down, Stage::Combine];
 
-    /// The stage's name: also that of its entry point, its shader, and its files in `kernels/` and `reference/`.
+    /// The stage's name: also that of its entry point, its shader, and its file in `kernels/`.
     pub fn name(self) -> &'static str {
         match self {
+            Stage::TokenTable => "token_table",
+            Stage::Norm => "norm",
             Stage::Router => "router",
+            Stage::Capacity => "capacity",
+            Stage::Reweigh => "reweigh",
             Stage::Permute => "permute",
             Stage::GateUp => "gate_up",
             Stage::Down => "down",
             Stage::Combine => "combine",
+            Stage::TokenStatistics => "token_statistics",
+            Stage::ExpertStatistics => "expert_statistics",
             Stage::ProbeFma => "probe_fma",
             Stage::ProbeRead => "probe_read",
         }
@@ -174,24 +203,51 @@ impl Input {
     }
 }
 
-/// Every kernel that a plan can choose, and the probes, with the default values of their overrides.
+/// Every kernel that a plan can choose, and the probes, with the default values of their overrides. Of the router and
+/// of the activations, one of each kind.
 pub fn all() -> Vec<Kernel> {
-    let mut kernels = Vec::new();
-    for input in [Input::Vec4, Input::Scalar] {
-        kernels.push(router::kernel(input, 64, 8));
-    }
+    let mut kernels = examples::routers();
     kernels.push(permute::kernel(crate::model::config::MAX_EXPERTS));
+    let input = Input::Vec4;
+    let swiglu = Activation::SWIGLU;
     for choice in matmul::MatmulChoice::examples() {
-        for &format in WeightFormat::ALL {
-            for activation in [Activation::SWIGLU] {
+        for tiles in [Tiles::Routed, Tiles::Dense] {
+            for &format in WeightFormat::ALL {
                 for input in [Input::Vec4, Input::Scalar] {
-                    kernels.push(gate_up::kernel(choice, format, activation, input));
+                    kernels.push(gate_up::kernel(choice, tiles, format, swiglu, Epilogue::default(), input));
+                    kernels.push(down::kernel(choice, tiles, format, false, input));
                 }
             }
-            kernels.push(down::kernel(choice, format));
+        }
+        for bias in [false, true] {
+            for weigh_input in [false, true] {
+                let epilogue = Epilogue { bias, weigh_input };
+                kernels.push(gate_up::kernel(choice, Tiles::Routed, WeightFormat::F32, swiglu, epilogue, input));
+            }
+            kernels.push(down::kernel(choice, Tiles::Routed, WeightFormat::F32, bias, input));
         }
     }
-    kernels.push(combine::kernel());
+    for activation in Activation::examples() {
+        let choice = matmul::MatmulChoice::Tiled { tile_m: 32, tile_n: 64 };
+        let format = WeightFormat::F32;
+        kernels.push(gate_up::kernel(choice, Tiles::Routed, format, activation, Epilogue::default(), input));
+    }
+    let dropped = Rows::Dropped { weigh: true, special_is_identity: true, pass_through: false };
+    for rows in [Rows::Weighted(true), dropped, Rows::Summed] {
+        for tail in [Tail::None, Tail::Scaled, Tail::Shared, Tail::SharedGated, Tail::Bias] {
+            kernels.push(combine::kernel(rows, tail));
+        }
+    }
+    kernels.extend([token_table::kernel(), reweigh::kernel(), norm::kernel(false), norm::kernel(true)]);
+    for (priority, selection) in [
+        (Priority::Position, Selection::TopK),
+        (Priority::Choice, Selection::TopK),
+        (Priority::Score, Selection::TopK),
+        (Priority::Position, Selection::ExpertChoice),
+    ] {
+        kernels.push(capacity::kernel(&Capacity { priority, ..examples::CAPACITY }, selection));
+    }
+    kernels.extend([token_statistics::kernel(), expert_statistics::kernel()]);
     kernels.extend([probe_fma::kernel(256), probe_read::kernel(false)]);
     kernels
 }

@@ -14,7 +14,7 @@ pub fn kernel(num_experts: u32) -> Kernel {
         bindings: vec![
             bind(0, "params", Access::Uniform),
             bind(1, "topk_experts", Access::Read),       // [num_tokens, top_k]
-            bind(2, "expert_offsets", Access::Write),    // [num_experts + 1]
+            bind(2, "expert_offsets", Access::Write),    // [num_weighted + 1]
             bind(3, "assignment_of_row", Access::Write), // [num_rows]
             bind(4, "row_of_assignment", Access::Write), // [num_tokens, top_k]
             bind(5, "tiles", Access::Write),             // [num_tile_slots]

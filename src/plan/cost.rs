@@ -1,7 +1,7 @@
 //! Work of each stage: the FLOPs it computes and the least bytes it has to move.
 
 use super::pad4;
-use crate::kernels::Stage;
+use crate::kernels::router;
 use crate::model::config::MoeConfig;
 use crate::model::weights::WeightFormat;
 
@@ -9,7 +9,7 @@ use crate::model::weights::WeightFormat;
 /// weights those of as many experts as the batch can reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StageCost {
-    /// The stage's name.
+    /// The stage's name, as dispatches are called.
     pub name: &'static str,
     /// Floating-point operations.
     pub flops: u64,
@@ -17,28 +17,45 @@ pub struct StageCost {
     pub bytes: u64,
 }
 
-/// Costs of the stages that run, in order.
+/// Costs of the stages that run and whose work is worth counting, in order. Norms, capacity and what else only some
+/// layers have beside matrices are small.
 pub fn stages(config: &MoeConfig, format: WeightFormat, num_tokens: u32, sorted: bool) -> Vec<StageCost> {
-    let [t, h, i, e, k] =
-        [num_tokens, config.hidden_size(), config.intermediate_size(), config.num_experts(), config.top_k()]
-            .map(u64::from);
+    let [t, h, d, i, e, k] = [
+        num_tokens,
+        config.hidden_size(),
+        config.expert_size(),
+        config.intermediate_size(),
+        config.num_weighted_experts(),
+        config.top_k(),
+    ]
+    .map(u64::from);
     let a = t * k;
     let reached = e.min(a);
-    let weights = |count: u64| reached * count * u64::from(format.bits()) / 8;
-    let (i4, h4) = (u64::from(pad4(config.intermediate_size())), u64::from(pad4(config.hidden_size())));
-    Stage::ALL
-        .into_iter()
-        .filter(|&stage| sorted || stage != Stage::Permute)
-        .map(|stage| {
-            let (flops, bytes) = match stage {
-                Stage::Router => (2 * t * h * e, 4 * (t * h + e * h + t * e + 2 * a)),
-                Stage::Permute => (0, 4 * (3 * a + e)),
-                Stage::GateUp => (2 * a * 2 * i * h, weights(2 * i * h) + 4 * (t * h + a * i4)),
-                Stage::Down => (2 * a * h * i, weights(h * i) + 4 * (a * i4 + a * h4)),
-                Stage::Combine => (2 * a * h, 4 * (a * h4 + a + t * h)),
-                Stage::ProbeFma | Stage::ProbeRead => (0, 0), // not in Stage::ALL
-            };
-            StageCost { name: stage.name(), flops, bytes }
-        })
-        .collect()
+    let weights = |count: u64| count * u64::from(format.bits()) / 8;
+    let [i4, d4, h4] =
+        [config.intermediate_size(), config.expert_size(), config.hidden_size()].map(|n| u64::from(pad4(n)));
+    let rows = u64::from(router::num_rows(config));
+    let first = |gated: bool| if gated { 2 } else { 1 };
+    let mut stages = vec![("router", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows + 2 * a))];
+    if sorted {
+        stages.push(("permute", 0, 4 * (3 * a + e)));
+    }
+    if config.extras().latent_size.is_some() {
+        stages.push(("latent_in", 2 * t * h * d, 4 * (h * d + t * h + t * d4)));
+    }
+    if let Some(shared) = config.extras().shared {
+        let (n, s, s4) = (shared.num.into(), shared.intermediate_size.into(), pad4(shared.intermediate_size).into());
+        let (n, s, s4): (u64, u64, u64) = (n, s, s4);
+        let columns = first(shared.activation.is_gated()) * s;
+        stages.push(("shared_gate_up", 2 * n * t * columns * h, weights(n * columns * h) + 4 * (t * h + n * t * s4)));
+        stages.push(("shared_down", 2 * n * t * s * h, weights(n * s * h) + 4 * n * (t * s4 + t * h4)));
+    }
+    let columns = first(config.activation().is_gated()) * i;
+    stages.push(("gate_up", 2 * a * columns * d, weights(reached * columns * d) + 4 * (t * d + a * i4)));
+    stages.push(("down", 2 * a * d * i, weights(reached * d * i) + 4 * (a * i4 + a * d4)));
+    stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * h)));
+    if config.extras().latent_size.is_some() {
+        stages.push(("latent_out", 2 * t * h * d, 4 * (h * d + t * d4 + t * h4)));
+    }
+    stages.into_iter().map(|(name, flops, bytes)| StageCost { name, flops, bytes }).collect()
 }

@@ -4,25 +4,30 @@
 pub mod cost;
 pub mod device;
 pub mod grid;
+mod passes;
 pub mod pages;
 pub mod variant;
 
 use crate::error::{Error, Result};
+use crate::kernels::combine::Tail;
 use crate::kernels::matmul::MatmulChoice;
-use crate::kernels::params::{MatmulParams, MoeParams};
-use crate::kernels::{Input, Kernel, Stage, combine, down, gate_up, permute, router};
-use crate::model::config::MoeConfig;
-use crate::model::weights::WeightFormat;
+use crate::kernels::params::{MoeParams, Uniform};
+use crate::kernels::router::FrontKind;
+use crate::kernels::{Kernel, permute, router};
+use crate::model::activation::Activation;
+use crate::model::config::{MoeConfig, Norm, SharedGate};
+use crate::model::weights::{MoeWeights, WeightFormat};
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
-use std::ops::Range;
 pub use variant::MatmulRequest;
 
 /// Bits of the NaN that marks a token without a valid routing.
 const QUIET_NAN: u32 = 0x7fc0_0000;
 /// Most slices of `expert_out`: with more, a second pass over the rest of the tokens costs less.
 const MAX_SLICES: u32 = 8;
+/// Rounds of all loops of an invocation that software drivers are trusted with; leaves room for the short ones.
+const MAX_ROUNDS: u64 = 60_000;
 /// Bytes of an entry of the tile list.
 const TILE_BYTES: u64 = 12;
 
@@ -30,12 +35,63 @@ const TILE_BYTES: u64 = 12;
 #[derive(Clone, Debug)]
 pub struct LayerPlan {
     config: MoeConfig,
+    tensors: OptionalTensors,
     format: WeightFormat,
     device: DeviceProfile,
     request: MatmulRequest,
-    gate_up_pages: Vec<WeightPage>,
-    down_pages: Vec<WeightPage>,
+    /// Experts that choices of kernels are made for; stays when experts are added or removed, so that others' results
+    /// keep their bits.
+    nominal_experts: u32,
+    matrices: Vec<Matrix>,
     max_tokens: u32,
+}
+
+/// Which of the tensors that a layer may or may not have are there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct OptionalTensors {
+    /// Added to ranks.
+    pub selection_bias: bool,
+    /// Of the first projections.
+    pub gate_up_bias: bool,
+    /// Of the second projections.
+    pub down_bias: bool,
+    /// Of the layer.
+    pub output_bias: bool,
+}
+
+impl OptionalTensors {
+    /// Those that are there.
+    pub fn of(weights: &MoeWeights) -> Self {
+        let extras = &weights.extras;
+        Self {
+            selection_bias: extras.selection_bias.is_some(),
+            gate_up_bias: extras.up_bias.is_some(),
+            down_bias: extras.down_bias.is_some(),
+            output_bias: extras.output_bias.is_some(),
+        }
+    }
+}
+
+/// A packed matrix of each of some experts, in pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// The name that dispatches bind it by.
+    pub name: &'static str,
+    /// How it is stored.
+    pub format: WeightFormat,
+    /// Where its parts are.
+    pub pages: Vec<WeightPage>,
+}
+
+/// What distinguishes passes of the same number of tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PassKind {
+    /// Who routes.
+    pub front: FrontKind,
+    /// The router's noise is on.
+    pub noise: bool,
+    /// Tokens of each sequence; `None`: the batch is one.
+    pub tokens_per_sequence: Option<u32>,
 }
 
 /// One pass over at most [`LayerPlan::max_tokens`] tokens.
@@ -45,7 +101,7 @@ pub struct Plan {
     pub num_tokens: u32,
     /// The grouped matmul's variant and tile sizes.
     pub matmul: MatmulChoice,
-    /// Uniform of router, permute and combine.
+    /// Uniform of permute and combine.
     pub params: MoeParams,
     /// Kernels in the order in which they run.
     pub dispatches: Vec<Dispatch>,
@@ -56,14 +112,25 @@ pub struct Plan {
 /// One dispatch of a pass.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
+    /// What it is for, as times and costs call it.
+    pub name: &'static str,
     /// What runs.
     pub kernel: Kernel,
-    /// The uniform of router, permute and combine.
-    pub params: MoeParams,
+    /// Its parameters.
+    pub uniform: Uniform,
     /// Workgroups, folded.
     pub grid: [u32; 3],
-    /// The grouped matmul's uniform and weight page, if it is one.
-    pub matmul: Option<(MatmulParams, usize)>,
+    /// Page of its weight matrix.
+    pub page: usize,
+    /// Buffers of bindings that are not called as the binding is.
+    pub buffers: Vec<(&'static str, &'static str)>,
+}
+
+impl Dispatch {
+    /// The buffer that is bound to `binding`: one of [`LayerPlan::scratch`], a tensor of the layer, `x` or `y`.
+    pub fn buffer(&self, binding: &'static str) -> &'static str {
+        self.buffers.iter().find(|(name, _)| *name == binding).map_or(binding, |&(_, buffer)| buffer)
+    }
 }
 
 /// A buffer that a pass needs between its stages.
@@ -81,32 +148,43 @@ pub(crate) fn pad4(n: u32) -> u32 {
 }
 
 impl LayerPlan {
-    /// Pages and limits of a layer on a device. Fails if not even one token, or one weight column, fits the device.
+    /// Pages and limits of a layer without optional tensors on a device. Fails if not even one token, or one weight
+    /// column, fits the device.
     pub fn new(
         config: &MoeConfig,
         format: WeightFormat,
         device: &DeviceProfile,
         request: &MatmulRequest,
     ) -> Result<Self> {
+        Self::with_tensors(config, OptionalTensors::default(), format, device, request, config.num_experts())
+    }
+
+    /// As [`LayerPlan::new`], with these tensors, and kernels as for a layer of `nominal_experts`.
+    pub fn with_tensors(
+        config: &MoeConfig,
+        tensors: OptionalTensors,
+        format: WeightFormat,
+        device: &DeviceProfile,
+        request: &MatmulRequest,
+        nominal_experts: u32,
+    ) -> Result<Self> {
         device.check_floor()?;
         request.check(device)?;
-        check_rounds(config, device)?;
+        let k_lanes = router::k_lanes(nominal_experts);
+        check_rounds(config, k_lanes, device)?;
         let limit = device.max_buffer_bytes();
-        let page = |rows: u32, inputs: u32| {
-            let row_bytes = u64::from(pad4(inputs)) * u64::from(format.bits()) / 8;
-            pages::weight_pages(config.num_experts(), rows, row_bytes, limit)
-        };
-        let router_bytes = u64::from(config.num_experts()) * u64::from(pad4(config.hidden_size())) * 4;
+        let router_bytes = u64::from(router::num_rows(config)) * u64::from(pad4(config.hidden_size())) * 4;
         if router_bytes > limit {
             return Err(over_limit("the router's weights", router_bytes, limit));
         }
         let mut plan = Self {
             config: config.clone(),
+            tensors,
             format,
             device: device.clone(),
             request: request.clone(),
-            gate_up_pages: page(2 * pad4(config.intermediate_size()), config.hidden_size())?,
-            down_pages: page(pad4(config.hidden_size()), config.intermediate_size())?,
+            nominal_experts,
+            matrices: matrices(config, format, limit)?,
             max_tokens: 0,
         };
         plan.max_tokens = plan.find_max_tokens(limit)?;
@@ -124,48 +202,93 @@ impl LayerPlan {
         &self.config
     }
 
+    /// Its optional tensors.
+    pub fn tensors(&self) -> OptionalTensors {
+        self.tensors
+    }
+
     /// How expert weights are stored.
     pub fn format(&self) -> WeightFormat {
         self.format
     }
 
-    /// Pages of the packed gate and up projections.
-    pub fn gate_up_pages(&self) -> &[WeightPage] {
-        &self.gate_up_pages
+    /// The same layer with other experts, on the same device with the same kernels.
+    pub(crate) fn with_config(&self, config: &MoeConfig) -> Result<Self> {
+        Self::with_tensors(config, self.tensors, self.format, &self.device, &self.request, self.nominal_experts)
     }
 
-    /// Pages of the packed down projection.
-    pub fn down_pages(&self) -> &[WeightPage] {
-        &self.down_pages
+    /// Every packed matrix of the layer.
+    pub fn matrices(&self) -> &[Matrix] {
+        &self.matrices
+    }
+
+    /// Pages of one of them.
+    pub fn pages(&self, name: &str) -> &[WeightPage] {
+        self.matrices.iter().find(|matrix| matrix.name == name).map_or(&[], |matrix| &matrix.pages)
     }
 
     /// Bytes of all weights on the device.
     pub fn weight_bytes(&self) -> u64 {
         let c = &self.config;
-        let pages = self.gate_up_pages.iter().chain(&self.down_pages).map(|p| p.bytes).sum::<u64>();
-        pages + u64::from(c.num_experts()) * (u64::from(pad4(c.hidden_size())) + 1) * 4
+        let pages = self.matrices.iter().flat_map(|matrix| &matrix.pages).map(|page| page.bytes).sum::<u64>();
+        pages + u64::from(router::num_rows(c)) * u64::from(pad4(c.hidden_size())) * 4 + u64::from(c.num_experts()) * 12
     }
 
     /// Buffers for passes of up to `num_tokens` tokens.
     pub fn scratch(&self, num_tokens: u32) -> Vec<ScratchBuffer> {
         let c = &self.config;
+        let extras = c.extras();
         let tokens = u64::from(num_tokens);
         let assignments = tokens * u64::from(c.top_k());
-        let tile_slots = tile_slots(assignments, c.num_experts(), 4);
-        let buffer = |name, bytes: u64| ScratchBuffer { name, bytes: bytes.max(16).next_multiple_of(16) };
-        vec![
-            buffer("router_logits", tokens * u64::from(c.num_experts()) * 4),
-            buffer("topk_experts", assignments * 4),
-            buffer("topk_weights", assignments * 4),
-            buffer("status", 4),
-            buffer("expert_offsets", (u64::from(c.num_experts()) + 1) * 4),
-            buffer("assignment_of_row", assignments * 4),
-            buffer("row_of_assignment", assignments * 4),
-            buffer("tiles", tile_slots * TILE_BYTES),
-            buffer("intermediate", assignments * u64::from(pad4(c.intermediate_size())) * 4),
+        let tile_slots = tile_slots(assignments, c.num_weighted_experts(), 4);
+        let hidden = tokens * u64::from(pad4(c.hidden_size())) * 4;
+        let expert = u64::from(pad4(c.expert_size())) * 4;
+        let mut logits = u64::from(router::num_rows(c));
+        if router::stores_ranks(c, self.tensors.selection_bias) || router::stores_first_scores(c) {
+            logits += u64::from(c.num_experts()) + 1;
+        }
+        let mut buffers = vec![
+            ("router_logits", tokens * logits * 4),
+            ("topk_experts", assignments * 4),
+            ("topk_weights", assignments * 4),
+            ("status", 8),
+            ("expert_offsets", (u64::from(c.num_weighted_experts()) + 1) * 4),
+            ("assignment_of_row", assignments * 4),
+            ("row_of_assignment", assignments * 4),
+            ("tiles", tile_slots * TILE_BYTES),
+            ("intermediate", assignments * u64::from(pad4(c.intermediate_size())) * 4),
             // Larger ones hold a slice of the columns at a time.
-            buffer("expert_out", (assignments * u64::from(pad4(c.hidden_size())) * 4).min(self.limit())),
-        ]
+            ("expert_out", if self.slices() { (assignments * expert).min(self.limit()) } else { assignments * expert }),
+        ];
+        let mut add = |there: bool, name, bytes| {
+            if there {
+                buffers.push((name, bytes));
+            }
+        };
+        add(c.routing().capacity.is_some(), "kept_experts", assignments * 4);
+        add(c.vocab_size().is_some(), "token_ids", tokens * 4);
+        add(extras.router_norm.is_some(), "router_in", hidden);
+        add(extras.latent_size.is_some(), "latent", tokens * expert);
+        add(extras.expert_norm.is_some(), "expert_in", tokens * expert);
+        add(extras.expert_out_norm.is_some(), "expert_out_normed", assignments * expert);
+        let (_, steps) = self.steps();
+        add(!steps.is_empty(), "routed", tokens * expert);
+        for buffer in STEP_BUFFERS.iter().take(steps.len().saturating_sub(1)) {
+            add(true, buffer, hidden);
+        }
+        if let Some(shared) = extras.shared {
+            let inner = u64::from(pad4(shared.intermediate_size)) * 4;
+            add(true, "shared_intermediate", u64::from(shared.num) * tokens * inner);
+            add(true, "shared_out", u64::from(shared.num) * hidden);
+            add(shared.gate != SharedGate::None, "shared_weights", u64::from(shared.num) * tokens * 4);
+        }
+        let whole = |(name, bytes): (_, u64)| ScratchBuffer { name, bytes: bytes.max(16).next_multiple_of(16) };
+        buffers.into_iter().map(whole).collect()
+    }
+
+    /// Expert outputs may be there a slice of the columns at a time: nothing looks at whole rows of them.
+    fn slices(&self) -> bool {
+        self.config.extras().expert_out_norm.is_none()
     }
 
     /// Bytes of the largest buffer, in whole vec4.
@@ -175,14 +298,15 @@ impl LayerPlan {
 
     /// Columns of `expert_out` that are there at a time: all that fit. Down and combine run once for each slice.
     fn slice_width(&self, num_assignments: u32) -> Result<u32> {
-        let hidden = pad4(self.config.hidden_size());
+        let hidden = pad4(self.config.expert_size());
         let limit = self.limit();
         let bytes = |width: u32| u64::from(num_assignments) * u64::from(width) * 4;
         // A multiple of 8, so that a slice never cuts what a lane owns.
-        (1..=MAX_SLICES)
+        let most = if self.slices() { MAX_SLICES } else { 1 };
+        (1..=most)
             .map(|slices| if slices == 1 { hidden } else { hidden.div_ceil(slices).next_multiple_of(8) })
             .find(|&width| bytes(width) <= limit)
-            .ok_or_else(|| over_limit("expert_out", bytes(hidden) / u64::from(MAX_SLICES), limit))
+            .ok_or_else(|| over_limit("expert_out", bytes(hidden) / u64::from(most), limit))
     }
 
     fn find_max_tokens(&self, limit: u64) -> Result<u32> {
@@ -214,8 +338,13 @@ impl LayerPlan {
         (0..num_tokens.div_ceil(max)).map(move |i| (i * max, max.min(num_tokens - i * max)))
     }
 
-    /// One pass over `num_tokens` tokens.
+    /// One pass over `num_tokens` tokens by the layer's own router.
     pub fn plan(&self, num_tokens: u32) -> Result<Plan> {
+        self.plan_pass(num_tokens, PassKind::default())
+    }
+
+    /// One pass over `num_tokens` tokens.
+    pub fn plan_pass(&self, num_tokens: u32, kind: PassKind) -> Result<Plan> {
         let c = &self.config;
         if num_tokens == 0 {
             return Err(Error::config("num_tokens", 0, "at least 1 in a pass"));
@@ -227,118 +356,105 @@ impl LayerPlan {
         let num_assignments = assignments as u32;
         self.request.check_tokens(num_tokens)?;
         let slice_width = self.slice_width(num_assignments)?;
-        let matmul = variant::choose(c, num_tokens, &self.device, &self.request);
-        let slots = tile_slots(assignments, c.num_experts(), matmul.tile_m());
+        let experts = self.nominal_experts.saturating_sub(c.extras().special_experts).max(1);
+        let matmul = variant::choose(c.top_k(), experts, num_tokens, &self.device, &self.request);
+        let slots = tile_slots(assignments, c.num_weighted_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.
         let num_tile_slots = if matmul.sorted() { slots as u32 } else { num_assignments };
         let params = MoeParams {
             num_tokens,
             hidden_size: c.hidden_size(),
             num_experts: c.num_experts(),
+            num_weighted: c.num_weighted_experts(),
             top_k: c.top_k(),
             num_assignments,
             num_tile_slots,
             tile_m: matmul.tile_m(),
-            renormalize: c.routing().renormalize.is_some().into(),
             hidden_stride: slice_width,
             chunk_len: permute::chunk_len(num_assignments, self.device.parallel_workgroups()),
-            nan_bits: QUIET_NAN,
-            first_column: 0,
+            ..MoeParams::default()
         };
         Ok(Plan {
             num_tokens,
             matmul,
             params,
-            dispatches: self.dispatches(matmul, &params)?,
+            dispatches: passes::dispatches(self, matmul, &params, kind)?,
             stages: cost::stages(c, self.format, num_tokens, matmul.sorted()),
         })
     }
 
-    fn dispatches(&self, matmul: MatmulChoice, params: &MoeParams) -> Result<Vec<Dispatch>> {
-        let c = &self.config;
-        let input = Input::of_stride(c.hidden_size());
-        let plain = |kernel: Kernel, workgroups: u64| {
-            let grid = grid::fold(workgroups, self.device.max_workgroups_per_dimension)?;
-            Ok::<_, Error>(Dispatch { kernel, params: *params, grid, matmul: None })
-        };
-        let mut dispatches = vec![plain(
-            router::kernel(input, router::WG_SIZE, router::k_lanes(c.num_experts())),
-            router::workgroups(params.num_tokens),
-        )?];
-        if matmul.sorted() {
-            let workgroups = permute::workgroups(params.num_assignments, params.chunk_len);
-            dispatches.push(plain(permute::kernel(c.num_experts()), workgroups)?);
+    /// What is added where a token's routed experts are summed, and what follows.
+    fn steps(&self) -> (Tail, Vec<Step>) {
+        let extras = self.config.extras();
+        let mut steps = Vec::new();
+        steps.extend(extras.latent_size.map(|_| Step::Project));
+        steps.extend(extras.routed_norm.map(|norm| Step::Norm("routed_norm", norm)));
+        match extras.shared {
+            Some(shared) if shared.gate == SharedGate::None => steps.push(Step::Tail(Tail::Shared)),
+            Some(_) => steps.push(Step::Tail(Tail::SharedGated)),
+            None if extras.routed_scale != 1.0 => steps.push(Step::Tail(Tail::Scaled)),
+            None => {}
         }
-        let gate_up = gate_up::kernel(matmul, self.format, c.activation(), input);
-        let strides = [c.hidden_size(), pad4(c.intermediate_size())];
-        let columns = 0..2 * pad4(c.intermediate_size());
-        self.matmul_dispatches(&gate_up, &self.gate_up_pages, columns, strides, matmul, params, &mut dispatches)?;
-        let down = down::kernel(matmul, self.format);
-        let hidden = pad4(c.hidden_size());
-        for first_column in (0..hidden).step_by(params.hidden_stride as usize) {
-            let end_column = hidden.min(first_column + params.hidden_stride);
-            let strides = [pad4(c.intermediate_size()), end_column - first_column];
-            let params = MoeParams { hidden_stride: end_column - first_column, first_column, ..*params };
-            let columns = first_column..end_column;
-            self.matmul_dispatches(&down, &self.down_pages, columns, strides, matmul, &params, &mut dispatches)?;
-            let workgroups = combine::workgroups(params.num_tokens, params.hidden_stride);
-            dispatches.push(Dispatch { params, ..plain(combine::kernel(), workgroups)? });
+        if self.tensors.output_bias {
+            steps.push(Step::Tail(Tail::Bias));
         }
-        Ok(dispatches)
-    }
-
-    /// One dispatch for each page that holds some of `columns`, over all tiles: workgroups whose expert is in another
-    /// page return at once. The output's first column is `columns.start`.
-    #[expect(clippy::too_many_arguments, reason = "each is a different thing, and there are two calls")]
-    fn matmul_dispatches(
-        &self,
-        kernel: &Kernel,
-        pages: &[WeightPage],
-        columns: Range<u32>,
-        [x_stride, out_stride]: [u32; 2],
-        matmul: MatmulChoice,
-        params: &MoeParams,
-        dispatches: &mut Vec<Dispatch>,
-    ) -> Result<()> {
-        for (index, page) in pages.iter().enumerate() {
-            let begin_column = columns.start.saturating_sub(page.first_column);
-            let end_column = columns.end.saturating_sub(page.first_column).min(page.num_columns);
-            if begin_column >= end_column {
-                continue;
+        steps.extend(extras.output_norm.map(|norm| Step::Norm("output_norm", norm)));
+        // A projection writes whole vec4; the caller's y may have none to spare.
+        if steps.last() == Some(&Step::Project) {
+            steps.push(Step::Tail(Tail::None));
+        }
+        match steps.first().copied() {
+            Some(Step::Tail(tail)) => {
+                steps.remove(0);
+                (tail, steps)
             }
-            let num_column_tiles = (end_column - begin_column).div_ceil(matmul.tile_n());
-            let uniform = MatmulParams {
-                num_tile_slots: params.num_tile_slots,
-                num_column_tiles,
-                first_expert: page.first_expert,
-                end_expert: page.end_expert,
-                first_column: page.first_column.wrapping_sub(columns.start),
-                num_columns: page.num_columns,
-                begin_column,
-                end_column,
-                k4: x_stride.div_ceil(4),
-                x_stride,
-                out_stride,
-                num_assignments: params.num_assignments,
-                num_experts: params.num_experts,
-                top_k: params.top_k,
-            };
-            let workgroups = u64::from(params.num_tile_slots) * u64::from(num_column_tiles);
-            let grid = grid::fold(workgroups, self.device.max_workgroups_per_dimension)?;
-            dispatches.push(Dispatch { kernel: kernel.clone(), params: *params, grid, matmul: Some((uniform, index)) });
+            _ => (Tail::None, steps),
         }
-        Ok(())
     }
 }
 
-impl Dispatch {
-    /// The bytes of its uniform.
-    pub(crate) fn uniform(&self) -> &[u8] {
-        match &self.matmul {
-            Some((params, _)) => bytemuck::bytes_of(params),
-            None => bytemuck::bytes_of(&self.params),
-        }
+/// Something that is done with the sum of a token's routed experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Step {
+    /// Out of the latent space.
+    Project,
+    /// The name of its weights.
+    Norm(&'static str, Norm),
+    /// Added on its own, as something stands before it.
+    Tail(Tail),
+}
+
+/// What each step but the last writes.
+const STEP_BUFFERS: [&str; 4] = ["step_1", "step_2", "step_3", "step_4"];
+
+/// The packed matrices of a layer, cut into pages of at most `limit` bytes.
+fn matrices(config: &MoeConfig, format: WeightFormat, limit: u64) -> Result<Vec<Matrix>> {
+    let mut matrices = Vec::new();
+    let mut add = |name, format: WeightFormat, experts: u32, columns: u32, inputs: u32| {
+        let row_bytes = u64::from(pad4(inputs)) * u64::from(format.bits()) / 8;
+        let pages = pages::weight_pages(experts, columns, row_bytes, limit)?;
+        matrices.push(Matrix { name, format, pages });
+        Ok::<_, Error>(())
+    };
+    let [h, d] = [config.hidden_size(), config.expert_size()];
+    let experts = config.num_weighted_experts();
+    add("gate_up_weights", format, experts, first_columns(config.activation(), config.intermediate_size()), d)?;
+    add("down_weights", format, experts, pad4(d), config.intermediate_size())?;
+    if let Some(shared) = config.extras().shared {
+        let columns = first_columns(shared.activation, shared.intermediate_size);
+        add("shared_gate_up_weights", format, shared.num, columns, h)?;
+        add("shared_down_weights", format, shared.num, pad4(h), shared.intermediate_size)?;
     }
+    if let Some(latent) = config.extras().latent_size {
+        add("latent_in_weights", WeightFormat::F32, 1, pad4(latent), h)?;
+        add("latent_out_weights", WeightFormat::F32, 1, pad4(h), latent)?;
+    }
+    Ok(matrices)
+}
+
+/// Packed columns of an expert's first projections.
+fn first_columns(activation: Activation, intermediate_size: u32) -> u32 {
+    pad4(intermediate_size) * if activation.is_gated() { 2 } else { 1 }
 }
 
 impl Plan {
@@ -348,9 +464,9 @@ impl Plan {
         self.dispatches.iter().map(line).collect::<Vec<_>>().join("\n")
     }
 
-    /// The stage of each dispatch, in order.
-    pub fn stage_of_dispatch(&self) -> impl Iterator<Item = Stage> + '_ {
-        self.dispatches.iter().map(|d| d.kernel.stage)
+    /// What each dispatch is for, in order.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.dispatches.iter().map(|d| d.name)
     }
 }
 
@@ -358,7 +474,7 @@ impl Plan {
 /// batch into several passes, or could not run it at all.
 pub fn exceeds_webgpu_limits(config: &MoeConfig, format: WeightFormat, num_tokens: u32) -> bool {
     match LayerPlan::new(config, format, &DeviceProfile::webgpu_floor(), &MatmulRequest::default()) {
-        Ok(plan) => plan.gate_up_pages.len() + plan.down_pages.len() > 2 || plan.max_tokens < num_tokens,
+        Ok(plan) => plan.matrices.iter().any(|matrix| matrix.pages.len() > 1) || plan.max_tokens < num_tokens,
         Err(_) => true,
     }
 }
@@ -371,14 +487,15 @@ pub fn tile_slots(assignments: u64, num_experts: u32, tile_m: u32) -> u64 {
 
 /// llvmpipe ends all loops of an invocation, without a word, after 65,535 rounds in total. The longest are those over
 /// the inputs: in the tiled matmul two rounds for each vec4, in the router one for each vec4 of a lane's experts.
-fn check_rounds(config: &MoeConfig, device: &DeviceProfile) -> Result<()> {
-    const MAX_ROUNDS: u64 = 60_000; // leaves room for the short loops
+fn check_rounds(config: &MoeConfig, k_lanes: u32, device: &DeviceProfile) -> Result<()> {
     if !device.software {
         return Ok(());
     }
     let k4 = |inputs: u32| u64::from(inputs.div_ceil(4));
-    let router = router::rounds(config.num_experts(), config.hidden_size());
-    let matmul = 2 * k4(config.hidden_size()).max(k4(config.intermediate_size()));
+    let router = router::rounds(router::num_rows(config), config.hidden_size(), k_lanes);
+    let shared = config.extras().shared.map_or(0, |shared| shared.intermediate_size);
+    let longest = [config.hidden_size(), config.intermediate_size(), config.expert_size(), shared].map(k4);
+    let matmul = 2 * longest.into_iter().max().unwrap_or(0);
     if router.max(matmul) > MAX_ROUNDS {
         return Err(Error::LimitExceeded {
             what: "the longest loop of a kernel, in rounds,".to_owned(),

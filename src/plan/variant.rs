@@ -3,7 +3,6 @@
 use super::DeviceProfile;
 use crate::error::{Error, Result};
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
-use crate::model::config::MoeConfig;
 
 /// Up to this many tokens, sorting costs more than it saves: four dispatches do without it.
 pub const FEW_TOKENS: u32 = 16;
@@ -78,12 +77,18 @@ fn check_choice(choice: MatmulChoice, device: &DeviceProfile) -> Result<()> {
 }
 
 /// The table. Rows per expert decide, not tokens; the kind of device decides how tiles are fed.
-pub fn choose(config: &MoeConfig, num_tokens: u32, device: &DeviceProfile, request: &MatmulRequest) -> MatmulChoice {
+pub fn choose(
+    top_k: u32,
+    num_experts: u32,
+    num_tokens: u32,
+    device: &DeviceProfile,
+    request: &MatmulRequest,
+) -> MatmulChoice {
     if let Some(choice) = request.choice {
         return choice;
     }
-    let assignments = num_tokens.saturating_mul(config.top_k());
-    let rows_per_expert = assignments.div_ceil(config.num_experts().min(assignments));
+    let assignments = num_tokens.saturating_mul(top_k);
+    let rows_per_expert = assignments.div_ceil(num_experts.min(assignments));
     let tiles = match device.subgroup_size {
         Some(subgroup_size) if device.software => MatmulChoice::Subgroup { subgroup_size },
         _ => MatmulChoice::Tiled { tile_m: rows_per_expert.next_power_of_two().clamp(16, 64), tile_n: 64 },
@@ -99,6 +104,11 @@ pub fn choose(config: &MoeConfig, num_tokens: u32, device: &DeviceProfile, reque
         None if num_tokens <= FEW_TOKENS || rows_per_expert <= FEW_ROWS => vec(num_tokens, device),
         None => tiles,
     }
+}
+
+/// For matrices that every token is multiplied by. The request's variant and sizes hold here too.
+pub fn choose_dense(num_tokens: u32, device: &DeviceProfile, request: &MatmulRequest) -> MatmulChoice {
+    choose(1, 1, num_tokens, device, request).dense()
 }
 
 fn vec(num_tokens: u32, device: &DeviceProfile) -> MatmulChoice {

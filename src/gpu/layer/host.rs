@@ -2,9 +2,18 @@
 
 use super::super::context::{read_mapped, write_mapped};
 use super::super::recorder::{PassStats, Recorder, StageTime, Timestamps, by_stage};
-use super::{GpuLayer, Io, State, submit_and_wait, unprepared};
+use super::super::pipeline::pipeline;
+use super::{GpuLayer, Io, PassKey, State, UNIFORM_ALIGNMENT, submit_and_wait, unprepared};
 use crate::error::{Error, Result};
-use crate::model::routing::RoutingDecision;
+use crate::kernels::params::{RouterParams, StatisticsParams};
+use crate::kernels::router::FrontKind;
+use crate::kernels::{Stage, expert_statistics, token_statistics};
+use crate::model::batch::{Batch, Front};
+use crate::model::config::MoeConfig;
+use crate::model::noise;
+use crate::model::routing::{Noise, RoutingDecision, Selection};
+use crate::model::statistics::{SequenceSums, Statistics};
+use crate::plan::{PassKind, grid};
 
 /// What one pass over a host slice did.
 struct Done {
@@ -15,20 +24,25 @@ struct Done {
 }
 
 impl GpuLayer {
-    /// x from the host, y to the host; as many passes as the batch takes.
-    pub(crate) async fn forward(&self, x: &[f32], y: &mut [f32]) -> Result<()> {
+    /// x from the host, y to the host; as many passes as the batch takes. The batch has been checked.
+    pub(crate) async fn forward(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<()> {
         let mut state = self.state.lock().await;
         let h = self.plan.config().hidden_size() as usize;
-        let num_tokens = (x.len() / h) as u32;
+        let num_tokens = (batch.x.len() / h) as u32;
+        let kind = self.kind_of(batch);
         let allocations = self.gpu.allocations();
-        self.prepare_io(&mut state, num_tokens).await?;
+        self.prepare_io(&mut state, num_tokens, kind).await?;
         state.resident = 0;
         let several = num_tokens > self.plan.max_tokens();
         let mut routing: Option<RoutingDecision> = None;
         let (mut dispatches, mut readbacks, mut bad_tokens) = (0, 0, 0);
+        state.last_kind = kind;
+        state.last_sequence = batch.tokens_per_sequence;
         for (first_token, tokens) in self.plan.passes(num_tokens) {
+            let front = self.front_words(batch, first_token, tokens);
             let range = first_token as usize * h..(first_token + tokens) as usize * h;
-            let done = self.forward_pass(&mut state, tokens, &x[range.clone()], &mut y[range]).await?;
+            let (x, y) = (&batch.x[range.clone()], &mut y[range]);
+            let done = self.forward_pass(&mut state, (tokens, kind), x, &front, y).await?;
             dispatches += done.dispatches;
             readbacks += done.readbacks;
             bad_tokens += done.bad_tokens;
@@ -41,13 +55,60 @@ impl GpuLayer {
             }
         }
         state.routing = routing;
-        state.resident = if several { 0 } else { num_tokens };
+        state.resident = if several || !front_is_kept(kind, self.plan.config()) { 0 } else { num_tokens };
         let allocations = (self.gpu.allocations() - allocations) as u32;
         state.last = PassStats { num_tokens, dispatches, readbacks, allocations };
         match bad_tokens {
             0 => Ok(()),
             num_tokens => Err(Error::NonFiniteLogits { num_tokens }),
         }
+    }
+
+    fn kind_of(&self, batch: &Batch<'_>) -> PassKind {
+        let routing = self.plan.config().routing();
+        PassKind {
+            front: match batch.front {
+                Front::Router => FrontKind::Router,
+                Front::Logits(_) => FrontKind::Logits,
+                Front::Assignments { .. } => FrontKind::Assignments,
+            },
+            noise: batch.seed.is_some() && routing.noise != Noise::None,
+            tokens_per_sequence: batch
+                .tokens_per_sequence
+                .filter(|_| routing.capacity.is_some_and(|capacity| capacity.per_sequence)),
+        }
+    }
+
+    /// What tokens of the batch bring beside x, and the buffers that it goes to.
+    fn front_words(&self, batch: &Batch<'_>, first_token: u32, tokens: u32) -> Vec<(FrontTarget, Vec<u32>)> {
+        let c = self.plan.config();
+        let [e, k] = [c.num_experts(), c.top_k()].map(|n| n as usize);
+        let range = |columns: usize| first_token as usize * columns..(first_token + tokens) as usize * columns;
+        let ids = |ids: &[i32]| ids.iter().map(|&id| id as u32).collect::<Vec<u32>>(); // -1 is DROPPED
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
+        let mut words = Vec::new();
+        match batch.front {
+            Front::Router => {}
+            Front::Logits(logits) => words.push((FrontTarget::Scratch("router_logits"), bits(&logits[range(e)]))),
+            Front::Assignments { experts, weights } => {
+                words.push((FrontTarget::Scratch("topk_experts"), ids(&experts[range(k)])));
+                words.push((FrontTarget::Scratch("topk_weights"), bits(&weights[range(k)])));
+                return words;
+            }
+        }
+        match (c.routing().selection, batch.token_ids, batch.experts) {
+            (Selection::TokenTable { .. }, Some(ids), _) => {
+                words.push((FrontTarget::Scratch("token_ids"), ids[range(1)].to_vec()));
+            }
+            (Selection::Given, _, Some(experts)) => {
+                words.push((FrontTarget::Scratch("topk_experts"), ids(&experts[range(k)])));
+            }
+            _ => {}
+        }
+        if let Some(seed) = batch.seed.filter(|_| c.routing().noise != Noise::None) {
+            words.push((FrontTarget::Noise, vec![noise::key(seed), first_token]));
+        }
+        words
     }
 
     /// A forward of zero tokens: nothing but the memory of what came before it changes.
@@ -57,8 +118,8 @@ impl GpuLayer {
         state.routing = None;
     }
 
-    async fn prepare_io(&self, state: &mut State, num_tokens: u32) -> Result<()> {
-        self.prepare_passes(state, num_tokens).await?;
+    async fn prepare_io(&self, state: &mut State, num_tokens: u32, kind: PassKind) -> Result<()> {
+        self.prepare_passes(state, num_tokens, kind).await?;
         let tokens = num_tokens.min(self.plan.max_tokens());
         if state.io.as_ref().is_some_and(|io| io.capacity >= tokens) {
             return Ok(());
@@ -73,6 +134,7 @@ impl GpuLayer {
             y: self.gpu.buffer("y", bytes, Usage::STORAGE | Usage::COPY_SRC).await?,
             upload: self.gpu.mapped_buffer("x upload", bytes, Usage::MAP_WRITE | Usage::COPY_SRC).await?,
             download: self.gpu.buffer("y download", bytes + 16, Usage::MAP_READ | Usage::COPY_DST).await?,
+            front: None,
             capacity,
         };
         state.io = Some(io);
@@ -80,17 +142,27 @@ impl GpuLayer {
     }
 
     /// One pass over one host slice.
-    async fn forward_pass(&self, state: &mut State, tokens: u32, x: &[f32], y: &mut [f32]) -> Result<Done> {
+    async fn forward_pass(
+        &self,
+        state: &mut State,
+        key: PassKey,
+        x: &[f32],
+        front: &[(FrontTarget, Vec<u32>)],
+        y: &mut [f32],
+    ) -> Result<Done> {
         // Until the pass is complete the staging buffers are in no known state: an error drops them.
-        let Some(io) = state.io.take() else { return Err(unprepared(tokens)) };
-        self.bind(state, tokens, 0, &io.x, &io.y).await?;
+        let Some(mut io) = state.io.take() else { return Err(unprepared(key.0)) };
+        self.bind(state, key, 0, &io.x, &io.y).await?;
         let bytes = (x.len() * 4) as u64;
         write_mapped(&io.upload, bytemuck::cast_slice(x))?;
         io.upload.unmap();
         let mut encoder = self.encoder();
         encoder.copy_buffer_to_buffer(&io.upload, 0, &io.x, 0, bytes);
+        if !front.is_empty() {
+            self.upload_front(state, key, front, &mut io, &mut encoder).await?;
+        }
         let readbacks = self.gpu.readbacks();
-        let dispatches = self.record_pass(state, &mut encoder, tokens, None)?;
+        let dispatches = self.record_pass(state, &mut encoder, key, None)?;
         // The result itself is read after the last dispatch; what counts is a readback that a dispatch waits for.
         let readbacks = (self.gpu.readbacks() - readbacks) as u32;
         encoder.copy_buffer_to_buffer(&io.y, 0, &io.download, 0, bytes);
@@ -103,6 +175,10 @@ impl GpuLayer {
         let write = self.gpu.map(&io.upload, wgpu::MapMode::Write).await?;
         self.gpu.wait(&read, "the forward pass").await?;
         self.gpu.wait(&write, "mapping the upload buffer").await?;
+        if let Some(front) = io.front.as_ref().filter(|_| !front.is_empty()) {
+            let mapped = self.gpu.map(front, wgpu::MapMode::Write).await?;
+            self.gpu.wait(&mapped, "mapping the upload buffer").await?;
+        }
         self.gpu.check("the forward pass")?;
         let bad_tokens = read_mapped(&io.download, |bytes| {
             bytemuck::cast_slice_mut(y).copy_from_slice(&bytes[..x.len() * 4]);
@@ -111,6 +187,47 @@ impl GpuLayer {
         })?;
         state.io = Some(io);
         Ok(Done { dispatches, readbacks, bad_tokens })
+    }
+
+    /// Puts what the pass gets beside x where it belongs.
+    async fn upload_front(
+        &self,
+        state: &State,
+        key: PassKey,
+        front: &[(FrontTarget, Vec<u32>)],
+        io: &mut Io,
+        encoder: &mut wgpu::CommandEncoder,
+    ) -> Result<()> {
+        let words: Vec<u32> = front.iter().flat_map(|(_, words)| words).copied().collect();
+        let bytes = words.len() as u64 * 4;
+        if io.front.as_ref().is_none_or(|buffer| buffer.size() < bytes) {
+            let usage = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC;
+            let room = bytes / u64::from(key.0) * u64::from(io.capacity) + 16;
+            io.front = Some(self.gpu.mapped_buffer("front upload", room.next_multiple_of(4), usage).await?);
+        }
+        let (Some(buffer), Some(pass)) = (&io.front, state.passes.get(&key)) else { return Err(unprepared(key.0)) };
+        write_mapped(buffer, bytemuck::cast_slice(&words))?;
+        buffer.unmap();
+        let mut at = 0;
+        for (target, words) in front {
+            let bytes = words.len() as u64 * 4;
+            match target {
+                FrontTarget::Scratch(name) => {
+                    let Some(scratch) = state.scratch.get(name) else { return Err(unprepared(key.0)) };
+                    encoder.copy_buffer_to_buffer(buffer, at, scratch, 0, bytes);
+                }
+                FrontTarget::Noise => {
+                    let routers = pass.plan.dispatches.iter().enumerate();
+                    for (index, _) in routers.filter(|(_, d)| d.kernel.stage == Stage::Router) {
+                        let field = std::mem::offset_of!(RouterParams, noise_key) as u64;
+                        let to = index as u64 * UNIFORM_ALIGNMENT + field;
+                        encoder.copy_buffer_to_buffer(buffer, at, &pass.uniforms, to, bytes);
+                    }
+                }
+            }
+            at += bytes;
+        }
+        Ok(())
     }
 
     /// Makes `x` the resident input of [`GpuLayer::run_resident`]; it has to fit one pass.
@@ -125,8 +242,9 @@ impl GpuLayer {
                 hint: "use fewer tokens, or forward, which takes several passes",
             });
         }
-        self.prepare_io(&mut state, num_tokens).await?;
+        self.prepare_io(&mut state, num_tokens, PassKind::default()).await?;
         state.resident = 0;
+        state.last_kind = PassKind::default();
         let Some(io) = state.io.take() else { return Err(unprepared(num_tokens)) };
         write_mapped(&io.upload, bytemuck::cast_slice(x))?;
         io.upload.unmap();
@@ -141,7 +259,7 @@ impl GpuLayer {
     }
 
     /// Everything for a pass on the resident input, whatever was bound or evicted since. Returns its tokens.
-    async fn bind_resident(&self, state: &mut State) -> Result<u32> {
+    async fn bind_resident(&self, state: &mut State) -> Result<PassKey> {
         let num_tokens = state.resident;
         let Some((x, y)) = state.io.as_ref().map(|io| (io.x.clone(), io.y.clone())) else {
             return Err(unprepared(num_tokens));
@@ -149,47 +267,50 @@ impl GpuLayer {
         if num_tokens == 0 {
             return Err(unprepared(num_tokens));
         }
-        self.prepare_passes(state, num_tokens).await?;
-        self.bind(state, num_tokens, 0, &x, &y).await?;
-        Ok(num_tokens)
+        let key = (num_tokens, PassKind::default());
+        self.prepare_passes(state, num_tokens, key.1).await?;
+        self.bind(state, key, 0, &x, &y).await?;
+        Ok(key)
     }
 
     /// One pass on the resident input, from recording to completion, waited for.
     pub(crate) async fn run_resident(&self) -> Result<()> {
         let mut state = self.state.lock().await;
         let before = (self.gpu.readbacks(), self.gpu.allocations());
-        let num_tokens = self.bind_resident(&mut state).await?;
+        let key = self.bind_resident(&mut state).await?;
         let mut encoder = self.encoder();
-        let dispatches = self.record_pass(&state, &mut encoder, num_tokens, None)?;
+        let dispatches = self.record_pass(&state, &mut encoder, key, None)?;
         submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
-        state.last = self.stats(num_tokens, dispatches, before.0, before.1);
+        state.last_kind = key.1;
+        state.last_sequence = None;
+        state.last = self.stats(key.0, dispatches, before.0, before.1);
         Ok(())
     }
 
     /// Seconds of each stage of one pass on the resident input.
     pub(crate) async fn profile(&self) -> Result<Vec<StageTime>> {
         let mut state = self.state.lock().await;
-        let num_tokens = self.bind_resident(&mut state).await?;
-        let Some(pass) = state.passes.get(&num_tokens) else { return Err(unprepared(num_tokens)) };
-        let stages: Vec<_> = pass.plan.stage_of_dispatch().collect();
+        let key = self.bind_resident(&mut state).await?;
+        let Some(pass) = state.passes.get(&key) else { return Err(unprepared(key.0)) };
+        let stages: Vec<_> = pass.plan.names().collect();
         let times = if self.gpu.has_timestamps() {
             let timestamps = Timestamps::new(&self.gpu, stages.len() as u32).await?;
             let mut encoder = self.encoder();
-            self.record_pass(&state, &mut encoder, num_tokens, Some(&timestamps))?;
+            self.record_pass(&state, &mut encoder, key, Some(&timestamps))?;
             timestamps.resolve(&mut encoder);
             submit_and_wait(&self.gpu, encoder, "the profiled pass").await?;
             timestamps.read(&self.gpu).await?
         } else {
-            self.profile_by_waiting(&state, num_tokens).await?
+            self.profile_by_waiting(&state, key).await?
         };
         Ok(by_stage(stages.into_iter().zip(times)))
     }
 
     /// Without timestamps: each dispatch is submitted alone and waited for, so times include that.
-    async fn profile_by_waiting(&self, state: &State, num_tokens: u32) -> Result<Vec<f64>> {
-        let (Some(pass), Some(bound)) = (state.passes.get(&num_tokens), state.bound.get(&num_tokens)) else {
-            return Err(unprepared(num_tokens));
+    async fn profile_by_waiting(&self, state: &State, key: PassKey) -> Result<Vec<f64>> {
+        let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&key)) else {
+            return Err(unprepared(key.0));
         };
         let mut times = Vec::new();
         for ((pipeline, group), dispatch) in pass.pipelines.iter().zip(&bound.bind_groups).zip(&pass.plan.dispatches) {
@@ -220,24 +341,123 @@ impl GpuLayer {
     async fn read_routing(&self, state: &State, num_tokens: u32) -> Result<RoutingDecision> {
         let c = self.plan.config();
         let [t, e, k] = [num_tokens, c.num_experts(), c.top_k()].map(|n| n as usize);
-        let topk_experts = self.read_words(state, "topk_experts", t * k).await?;
+        let topk_experts = self.read_words(state, final_experts(c, state.last_kind), t * k).await?;
         let floats = |words: Vec<u32>| words.into_iter().map(f32::from_bits).collect::<Vec<_>>();
         let topk_weights = floats(self.read_words(state, "topk_weights", t * k).await?);
-        let router_logits = floats(self.read_words(state, "router_logits", t * e).await?);
+        let given = state.last_kind.front == FrontKind::Assignments;
+        let router_logits =
+            if given { Vec::new() } else { floats(self.read_words(state, "router_logits", t * e).await?) };
+        let gates = t * c.num_gated_shared() as usize;
+        let shared_weights = floats(self.read_words(state, "shared_weights", gates).await?);
         let mut tokens_per_expert = vec![0; e];
+        let mut num_dropped = 0;
         for &expert in &topk_experts {
-            if let Some(count) = tokens_per_expert.get_mut(expert as usize) {
-                *count += 1;
+            match tokens_per_expert.get_mut(expert as usize) {
+                Some(count) => *count += 1,
+                None => num_dropped += 1,
             }
         }
         Ok(RoutingDecision {
             num_tokens: t,
             topk_experts,
             topk_weights,
+            shared_weights,
             router_logits,
             tokens_per_expert,
-            ..RoutingDecision::default()
+            num_dropped,
         })
+    }
+
+    /// Sums over the last pass, made on the device from what it left there.
+    pub(crate) async fn statistics(&self) -> Result<Statistics> {
+        let state = self.state.lock().await;
+        let c = self.plan.config();
+        let num_tokens = state.last.num_tokens;
+        if num_tokens == 0 {
+            return Ok(Statistics::default());
+        }
+        let unsupported = |what: &str, hint: String| Error::Unsupported {
+            what: format!("statistics of {what}"),
+            by: "after the fact".to_owned(),
+            hint,
+        };
+        if num_tokens > self.plan.max_tokens() {
+            let hint = format!("run at most {} tokens at a time", self.plan.max_tokens());
+            return Err(unsupported("a batch that took several passes", hint));
+        }
+        if state.last_kind.front == FrontKind::Assignments {
+            return Err(unsupported("a pass whose assignments were given", "give logits instead".to_owned()));
+        }
+        let tokens_per_sequence = state.last_sequence.unwrap_or(num_tokens);
+        let params = StatisticsParams {
+            num_tokens,
+            tokens_per_sequence,
+            num_experts: c.num_experts(),
+            top_k: c.top_k(),
+        };
+        let columns = u64::from(c.num_experts()) + 1;
+        let sequences = u64::from(num_tokens / tokens_per_sequence);
+        let storage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+        let uniform = bytemuck::bytes_of(&params);
+        let uniform = self.gpu.filled_buffer("params", uniform, wgpu::BufferUsages::UNIFORM).await?;
+        let tokens = self.gpu.buffer("tokens", u64::from(num_tokens) * 12, storage).await?;
+        let experts = self.gpu.buffer("experts", sequences * columns * 16, storage).await?;
+        let mut encoder = self.encoder();
+        let dispatches =
+            [(token_statistics::kernel(), u64::from(num_tokens)), (expert_statistics::kernel(), sequences * columns)];
+        for (kernel, workgroups) in dispatches {
+            let pipeline = pipeline(&self.gpu, &kernel).await?;
+            let find = |name: &'static str| {
+                let buffer = match name {
+                    "params" => Some(&uniform),
+                    "tokens" => Some(&tokens),
+                    "experts" => Some(&experts),
+                    "topk_experts" => state.scratch.get(final_experts(c, state.last_kind)),
+                    other => state.scratch.get(other),
+                };
+                buffer.map(wgpu::Buffer::as_entire_buffer_binding)
+            };
+            let group = pipeline.bind(&self.gpu, find).await?;
+            let grid = grid::fold(workgroups, self.gpu.profile().max_workgroups_per_dimension)?;
+            let step = (&pipeline.pipeline, &group, grid);
+            Recorder::new(&mut encoder).pass(kernel.label(), None, std::iter::once(step));
+        }
+        let words = self.read_buffer(&experts, encoder, (sequences * columns * 4) as usize).await?;
+        let e = c.num_experts() as usize;
+        let sums = words.chunks_exact(4 * (e + 1)).map(|words| {
+            let mut sums = SequenceSums::new(tokens_per_sequence as usize, e);
+            for (expert, entry) in words.chunks_exact(4).enumerate() {
+                let [sum, other_sum] = [entry[0], entry[1]].map(|bits| f64::from(f32::from_bits(bits)));
+                if expert < e {
+                    sums.probability[expert] = sum;
+                    sums.best[expert] = entry[2];
+                    sums.assigned[expert] = entry[3];
+                } else {
+                    sums.squared_log_sum_exp = sum;
+                    sums.entropy = other_sum;
+                    sums.dropped = entry[3];
+                }
+            }
+            sums
+        });
+        Ok(Statistics::new(sums.collect()))
+    }
+
+    /// The first `count` words of a buffer, after what `encoder` does.
+    async fn read_buffer(
+        &self,
+        buffer: &wgpu::Buffer,
+        mut encoder: wgpu::CommandEncoder,
+        count: usize,
+    ) -> Result<Vec<u32>> {
+        let bytes = (count * 4) as u64;
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let download = self.gpu.buffer("download", bytes, usage).await?;
+        encoder.copy_buffer_to_buffer(buffer, 0, &download, 0, bytes);
+        self.submit(encoder).await?;
+        let mapped = self.gpu.map(&download, wgpu::MapMode::Read).await?;
+        self.gpu.wait(&mapped, "reading the routing").await?;
+        read_mapped(&download, bytemuck::pod_collect_to_vec)
     }
 
     async fn read_words(&self, state: &State, name: &'static str, count: usize) -> Result<Vec<u32>> {
@@ -245,16 +465,27 @@ impl GpuLayer {
         if count == 0 {
             return Ok(Vec::new());
         }
-        let bytes = (count * 4) as u64;
-        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let download = self.gpu.buffer(name, bytes, usage).await?;
-        let mut encoder = self.encoder();
-        encoder.copy_buffer_to_buffer(buffer, 0, &download, 0, bytes);
-        self.submit(encoder).await?;
-        let mapped = self.gpu.map(&download, wgpu::MapMode::Read).await?;
-        self.gpu.wait(&mapped, "reading the routing").await?;
-        read_mapped(&download, bytemuck::pod_collect_to_vec)
+        self.read_buffer(buffer, self.encoder(), count).await
     }
+}
+
+/// Where something goes that a pass gets beside x.
+enum FrontTarget {
+    /// A scratch buffer.
+    Scratch(&'static str),
+    /// The router's uniform.
+    Noise,
+}
+
+/// The buffer that holds the choices which count.
+fn final_experts(config: &MoeConfig, kind: PassKind) -> &'static str {
+    let limited = config.routing().capacity.is_some() && kind.front != FrontKind::Assignments;
+    if limited { "kept_experts" } else { "topk_experts" }
+}
+
+/// Repeating the pass on the resident input does the same again.
+fn front_is_kept(kind: PassKind, config: &MoeConfig) -> bool {
+    kind == PassKind::default() && !config.routing().choices_are_given()
 }
 
 /// Adds the routing of the next pass of the same batch.
@@ -263,6 +494,8 @@ fn append(all: &mut RoutingDecision, part: RoutingDecision) {
     all.topk_experts.extend(part.topk_experts);
     all.topk_weights.extend(part.topk_weights);
     all.router_logits.extend(part.router_logits);
+    all.shared_weights.extend(part.shared_weights);
+    all.num_dropped += part.num_dropped;
     for (sum, count) in all.tokens_per_expert.iter_mut().zip(part.tokens_per_expert) {
         *sum += count;
     }

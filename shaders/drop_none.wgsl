@@ -1,0 +1,3 @@
+// drop_none: every choice is kept. No entry point.
+
+fn drop_choices(at: Place) {}

@@ -1,0 +1,35 @@
+// finish_weights: what happens to the weights of a token's choices after their scores. No entry point.
+
+override FIRST_SCORES: u32 = 0u; // 1: capacity wants to know the score of each first choice
+
+// |weight|^p
+fn power(weight: f32) -> f32 {
+    if params.norm_p == 1.0 { return abs(weight); }
+    return pow(abs(weight), params.norm_p);
+}
+
+// Divides by the norm, given the sum of |weight|^p, and multiplies by the scales.
+fn finish_weights(at: Place, row: Row, sum: f32) {
+    let first = at.token * params.top_k;
+    if FIRST_SCORES != 0u {
+        var score = topk_weights[first];
+        if SCORES == SOFTMAX_SELECTED { score /= sum; }
+        router_logits[params.num_tokens * (params.num_rows + params.num_experts) + at.token] = score;
+    }
+    var factor = params.scale;
+    if params.renormalize != 0u {
+        var norm = sum + joint_norm(at);
+        if params.norm_p != 1.0 { norm = pow(norm, 1.0 / params.norm_p); }
+        factor = params.scale / max(norm + params.norm_epsilon, params.norm_floor);
+    }
+    let rest = weigh_shared(at, factor);
+    for (var j = 0u; j < params.top_k; j++) {
+        let a = first + j;
+        let e = topk_experts[a];
+        if e < params.num_experts {
+            topk_weights[a] *= factor * (rest * router_vectors[2u * params.num_experts + e]);
+            if row.broken { topk_weights[a] = bitcast<f32>(params.nan_bits); }
+        }
+    }
+    drop_choices(at);
+}
