@@ -12,15 +12,14 @@ fn power(weight: f32) -> f32 {
 fn finish_weights(at: Place, row: Row, sum: f32) {
     let first = at.token * params.top_k;
     if FIRST_SCORES != 0u {
-        var score = topk_weights[first];
-        if SCORES == SOFTMAX_SELECTED { score /= sum; }
-        router_logits[params.num_tokens * (params.num_rows + params.num_experts) + at.token] = score;
+        router_logits[params.num_tokens * (params.num_rows + params.num_experts) + at.token] = topk_weights[first];
     }
     var factor = params.scale;
     if params.renormalize != 0u {
         var norm = sum + joint_norm(at);
         if params.norm_p != 1.0 { norm = pow(norm, 1.0 / params.norm_p); }
-        factor = params.scale / max(norm + params.norm_epsilon, params.norm_floor);
+        norm = max(norm + params.norm_epsilon, params.norm_floor);
+        if norm > 0.0 { factor = params.scale / norm; } // weights that are all zero stay so
     }
     let rest = weigh_shared(at, factor);
     for (var j = 0u; j < params.top_k; j++) {

@@ -22,7 +22,8 @@ struct RouterParams {
     norm_p: f32,       // the norm is (sum |w|^p)^(1/p) + epsilon, at least floor
     norm_epsilon: f32,
     norm_floor: f32,
-    jitter: f32,       // half the width of the noise on the input, or of what sparsemixer calls close
+    jitter: f32,       // half the width of the noise on the input
+    close: f32,        // half the width of what sparsemixer calls close
 }
 
 // Grids are folded above 65,535 workgroups along one axis; this unfolds them.

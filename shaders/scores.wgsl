@@ -1,7 +1,7 @@
 // scores: how logits become scores. No entry point. CPU twin: scores in src/reference/router.rs.
 
 const SOFTMAX: u32 = 0u;
-const SOFTMAX_SELECTED: u32 = 1u; // the caller makes max the largest chosen logit, and divides by the sum
+const SOFTMAX_SELECTED: u32 = 1u; // the caller makes max the largest chosen logit, and divides by the sum of these
 const SIGMOID: u32 = 2u;
 const SQRT_SOFTPLUS: u32 = 3u;
 const RAW: u32 = 4u;

@@ -12,11 +12,21 @@ fn weigh(at: Place, all: Row) {
         }
     }
     var sum = 0.0;
+    var total = 0.0;
     for (var j = 0u; j < params.top_k; j++) {
         var weight = 0.0;
         if topk_experts[first + j] < params.num_experts { weight = score(chosen_logit(at, first + j), row); }
         topk_weights[first + j] = weight;
         sum += power(weight);
+        total += weight;
+    }
+    if SCORES == SOFTMAX_SELECTED && total > 0.0 {
+        sum = 0.0;
+        for (var j = 0u; j < params.top_k; j++) {
+            let weight = topk_weights[first + j] / total;
+            topk_weights[first + j] = weight;
+            sum += power(weight);
+        }
     }
     finish_weights(at, row, sum);
 }

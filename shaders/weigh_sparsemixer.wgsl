@@ -12,7 +12,7 @@ fn weigh(at: Place, row: Row) {
             for (var i = 0u; i < j; i++) { taken = taken || topk_experts[first + i] == e; }
             let logit = router_logits[at.row + e];
             // As the definition divides: 0 / 0 is not above the threshold.
-            let far = s - logit > 2.0 * params.jitter * max(abs(logit), s);
+            let far = s - logit > 2.0 * params.close * max(abs(logit), s);
             if !taken && !far { total += weight_of(logit, s); }
         }
         topk_weights[first + j] = 1.0 / total;

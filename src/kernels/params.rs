@@ -86,8 +86,10 @@ pub struct RouterParams {
     pub norm_epsilon: f32,
     /// Least value of the norm.
     pub norm_floor: f32,
-    /// Half the width of the noise on the input, or of what sparsemixer calls close.
+    /// Half the width of the noise on the input.
     pub jitter: f32,
+    /// Half the width of what sparsemixer calls close.
+    pub close: f32,
 }
 
 /// Uniform of the grouped matmul; one for each stage and weight page (`shaders/matmul_params.wgsl`).

@@ -63,7 +63,7 @@ pub fn kernel(
 ) -> Kernel {
     let routing = config.routing();
     let given = front == FrontKind::Assignments;
-    let (scores, scores_name) = scores_override(config);
+    let (scores, scores_name) = scores_override(config, has_selection_bias);
     let mut overrides = vec![("WG_SIZE", workgroup_size), ("K_LANES", k_lanes), ("SCORES", scores)];
     let mut label = format!("router{}", input.suffix());
     let mut parts = vec![wgsl!("router_params"), wgsl!("step"), wgsl!("reduce"), input.part()];
@@ -158,13 +158,19 @@ pub fn kernel(
 
 /// A softmax whose weights are divided by their sum needs only the chosen logits, and then they do not depend on the
 /// others to the last bit.
-fn scores_override(config: &MoeConfig) -> (u32, &'static str) {
+fn only_chosen(config: &MoeConfig, has_selection_bias: bool) -> bool {
+    matches!(config.routing().scores, Scores::Softmax | Scores::Hierarchical)
+        && config.routing().renormalize == Some(Renormalize::default())
+        && !stores_ranks(config, has_selection_bias)
+        && !stores_first_scores(config)
+        && !renormalizes_late(config)
+}
+
+/// The number of the scores in `shaders/scores.wgsl`, and their name.
+fn scores_override(config: &MoeConfig, has_selection_bias: bool) -> (u32, &'static str) {
     let routing = config.routing();
-    let plain_sum = routing.renormalize == Some(Renormalize::default());
     match routing.scores {
-        Scores::Softmax | Scores::Hierarchical if plain_sum && !stores_first_scores(config) && !renormalizes_late(config) => {
-            (1, "softmax_selected")
-        }
+        Scores::Softmax | Scores::Hierarchical if only_chosen(config, has_selection_bias) => (1, "softmax_selected"),
         Scores::Softmax | Scores::Hierarchical => (0, "softmax"),
         Scores::SoftmaxSelected => (1, "softmax_selected"),
         Scores::Sigmoid => (2, "sigmoid"),
@@ -178,12 +184,10 @@ pub fn renormalizes_late(config: &MoeConfig) -> bool {
     config.routing().capacity.is_some_and(|capacity| capacity.renormalize_after)
 }
 
-/// The norm that the router divides by: that of the configuration, and for a softmax over the choices their sum.
-pub fn renormalize(config: &MoeConfig) -> Option<Renormalize> {
-    match config.routing().scores {
-        Scores::SoftmaxSelected => Some(Renormalize::default()),
-        _ => config.routing().renormalize.filter(|_| !renormalizes_late(config)),
-    }
+/// The norm that the router divides by, unless a softmax over the choices has done so.
+pub fn renormalize(config: &MoeConfig, has_selection_bias: bool) -> Option<Renormalize> {
+    let is_done = renormalizes_late(config) || only_chosen(config, has_selection_bias);
+    config.routing().renormalize.filter(|_| !is_done)
 }
 
 /// As many lanes share a dot product as are left when every group of experts has one.

@@ -166,7 +166,7 @@ impl Builder<'_> {
     fn router_params(&self, kind: PassKind) -> RouterParams {
         let c = &self.plan.config;
         let routing = c.routing();
-        let by = router::renormalize(c);
+        let by = router::renormalize(c, self.plan.tensors.selection_bias);
         let norm = by.unwrap_or_default();
         let masked = routing.groups.map_or(Masked::NegInfinity, |groups| groups.masked);
         RouterParams {
@@ -193,11 +193,8 @@ impl Builder<'_> {
             norm_p: norm.p,
             norm_epsilon: norm.epsilon,
             norm_floor: norm.floor,
-            jitter: match (routing.noise, routing.selection) {
-                (_, Selection::Sparsemixer { jitter }) => jitter,
-                (Noise::Jitter { epsilon }, _) => epsilon,
-                _ => 0.0,
-            },
+            jitter: if let Noise::Jitter { epsilon } = routing.noise { epsilon } else { 0.0 },
+            close: if let Selection::Sparsemixer { jitter } = routing.selection { jitter } else { 0.0 },
         }
     }
 

@@ -202,11 +202,12 @@ fn weigh(
     result.shared_weights.extend(shared);
 }
 
-/// What weights are divided by.
+/// What weights are divided by; 1 if that were 0, so that weights which are all zero stay so.
 pub(super) fn norm<'a>(by: Renormalize, weights: impl Iterator<Item = &'a f64>) -> f64 {
     let p = f64::from(by.p);
     let sum: f64 = weights.map(|w| w.abs().powf(p)).sum();
-    (sum.powf(1.0 / p) + f64::from(by.epsilon)).max(f64::from(by.floor))
+    let norm = (sum.powf(1.0 / p) + f64::from(by.epsilon)).max(f64::from(by.floor));
+    if norm == 0.0 { 1.0 } else { norm }
 }
 
 /// Choice j is weighted by a softmax over the experts that are left and close to it.

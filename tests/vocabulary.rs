@@ -1,0 +1,349 @@
+//! The whole vocabulary of routers and experts: random layers, on the GPU and on the CPU engine, against the definition.
+
+mod support;
+
+use support::{Values, bits, gpu_context};
+use wgmoe::reference::{self, router::log_sum_exp};
+use wgmoe::{
+    Activation, Batch, Capacity, CapacityLimit, Context, DROPPED, ExtraWeights, Form, Front, Function, GroupScore,
+    Groups, LayerExtras, Masked, MoeConfig, MoeLayer, MoeWeights, Noise, Norm, Priority, RankBy, Renormalize, Routing,
+    Scores, Selection, SharedExperts, SharedGate, SpecialKind,
+};
+
+/// A layer with everything that a pass may need.
+struct Case {
+    config: MoeConfig,
+    weights: MoeWeights,
+    x: Vec<f32>,
+    token_ids: Vec<u32>,
+    experts: Vec<i32>,
+    tokens_per_sequence: Option<u32>,
+    seed: Option<u64>,
+}
+
+impl Case {
+    fn batch(&self) -> Batch<'_> {
+        Batch {
+            x: &self.x,
+            tokens_per_sequence: self.tokens_per_sequence,
+            token_ids: Some(&self.token_ids),
+            experts: Some(&self.experts),
+            seed: self.seed,
+            front: Front::Router,
+        }
+    }
+
+    fn num_tokens(&self) -> usize {
+        self.x.len() / self.config.hidden_size() as usize
+    }
+
+    /// The reference's choices are not a matter of rounding: no rank is within 1e-4 of another.
+    fn is_decided(&self) -> bool {
+        let forward = reference::moe_forward(&self.config, &self.weights, self.batch());
+        let e = self.config.num_experts() as usize;
+        let close = |values: &[f64]| {
+            let mut sorted = values.to_vec();
+            sorted.sort_by(f64::total_cmp);
+            sorted.windows(2).any(|pair| (pair[1] - pair[0]).abs() < 1e-5)
+        };
+        let router = &forward.router;
+        let ranks = |t: usize| {
+            let by_logits = self.config.routing().rank_by == RankBy::Logits;
+            let from = if by_logits { &router.router_logits } else { &router.router_probs };
+            let row = &from[t * e..][..e];
+            let bias = self.weights.extras.selection_bias.as_deref();
+            row.iter().enumerate().map(|(i, v)| v + bias.map_or(0.0, |b| f64::from(b[i]))).collect::<Vec<f64>>()
+        };
+        let by_tokens = self.config.routing().capacity.is_some() && close(&router.first_scores);
+        !by_tokens && (0..self.num_tokens()).all(|t| !close(&ranks(t)) && !close(&router.router_logits[t * e..][..e]))
+    }
+}
+
+fn norms(values: &mut Values, len: usize) -> Vec<f32> {
+    values.even(len).into_iter().map(|v| 1.0 + 0.5 * v).collect()
+}
+
+/// A random layer. `plain_experts` leaves out what is not about routing.
+fn random_case(seed: u64) -> Case {
+    let mut values = Values(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1);
+    let v = &mut values;
+    let pick = |v: &mut Values, choices: &[u32]| choices[v.below(choices.len())];
+    let [h, i] = [pick(v, &[8, 20, 17, 64, 33]), pick(v, &[4, 8, 13, 32])];
+    let group_size = pick(v, &[2, 3, 4]);
+    let num_groups = pick(v, &[1, 2, 4]);
+    let e = group_size * num_groups;
+    let scores = [
+        Scores::Softmax,
+        Scores::SoftmaxSelected,
+        Scores::Sigmoid,
+        Scores::SqrtSoftplus,
+        Scores::Softmax,
+        Scores::Sigmoid,
+        Scores::Hierarchical,
+    ][v.below(7)];
+    let vocab_size = 11;
+    let selection = match v.below(9) {
+        0 => Selection::Sparsemixer { jitter: 0.2 },
+        1 => Selection::TokenTable { vocab_size },
+        2 => Selection::Given,
+        3 => Selection::Dense,
+        4 => Selection::ExpertChoice,
+        _ => Selection::TopK,
+    };
+    let top_k_selects = selection == Selection::TopK;
+    let keep = if top_k_selects && scores != Scores::Hierarchical { 1 + v.below(num_groups as usize) as u32 } else { num_groups };
+    let dense = matches!(selection, Selection::Dense | Selection::ExpertChoice);
+    let top_k = if dense { e } else { 1 + v.below((keep * group_size).min(5) as usize) as u32 };
+    let groups = (num_groups > 1 || scores == Scores::Hierarchical).then_some(Groups {
+        num_groups,
+        keep,
+        score: if v.below(2) == 0 { GroupScore::Max } else { GroupScore::SumTop2 },
+        masked: if v.below(3) == 0 { Masked::Zero } else { Masked::NegInfinity },
+    });
+    let renormalize = (v.below(3) > 0).then(|| Renormalize {
+        p: if v.below(4) == 0 { 2.0 } else { 1.0 },
+        epsilon: if v.below(3) == 0 { 1e-3 } else { 0.0 },
+        floor: if v.below(4) == 0 { 0.5 } else { 0.0 },
+    });
+    let limited = selection == Selection::ExpertChoice || (scores != Scores::Raw && v.below(3) == 0);
+    let capacity = limited.then(|| Capacity {
+        limit: match v.below(2) {
+            0 => CapacityLimit::Number(1 + v.below(6) as u32),
+            _ => CapacityLimit::Fraction { fraction: 0.3, round_up: v.below(2) == 0, minimum: 2 },
+        },
+        per_sequence: v.below(2) == 0,
+        priority: [Priority::Position, Priority::Choice, Priority::Score][v.below(3)],
+        renormalize_after: renormalize.is_some() && scores != Scores::SoftmaxSelected && v.below(3) == 0,
+        pass_through: v.below(4) == 0,
+    });
+    let noise = match v.below(8) {
+        0 => Noise::Jitter { epsilon: 0.1 },
+        1 if scores != Scores::Hierarchical => Noise::NoisyTopK,
+        2 if top_k > 1 && top_k_selects => Noise::RandomSecond,
+        _ => Noise::None,
+    };
+    let routing = Routing {
+        rank_by: if v.below(4) == 0 { RankBy::Logits } else { RankBy::Scores },
+        selection,
+        groups,
+        renormalize,
+        scale: if v.below(3) == 0 { 2.5 } else { 1.0 },
+        logit_scale: if v.below(4) == 0 { 0.7 } else { 1.0 },
+        logit_softcap: (v.below(5) == 0).then_some(3.0),
+        weigh_input: v.below(6) == 0,
+        capacity,
+        noise,
+        ..Routing::new(scores, false)
+    };
+    let activations = Activation::examples();
+    let activation = if v.below(3) == 0 { Activation::SWIGLU } else { activations[v.below(activations.len())] };
+    let norm = |v: &mut Values, one_in: usize| {
+        (v.below(one_in) == 0).then_some(Norm { epsilon: 1e-5, scale_first: v.below(3) == 0 })
+    };
+    let gate = match v.below(4) {
+        1 => SharedGate::Sigmoid,
+        2 if matches!(scores, Scores::Sigmoid | Scores::SqrtSoftplus) => SharedGate::Joint,
+        3 => SharedGate::Mix,
+        _ => SharedGate::None,
+    };
+    let shared = (v.below(2) == 0).then(|| SharedExperts {
+        num: if gate == SharedGate::Mix { 1 } else { 1 + v.below(3) as u32 },
+        intermediate_size: [4, 12, 7][v.below(3)],
+        activation: activations[v.below(activations.len())],
+        gate,
+        average: v.below(3) == 0,
+    });
+    let latent_size = (v.below(5) == 0).then(|| [6, 12][v.below(2)]);
+    let special_experts = if e > 2 && v.below(5) == 0 { 1 } else { 0 };
+    let extras = LayerExtras {
+        special_experts,
+        special_kind: if v.below(2) == 0 { SpecialKind::Identity } else { SpecialKind::Zero },
+        latent_size,
+        router_norm: norm(v, 6),
+        expert_norm: norm(v, 6),
+        expert_out_norm: norm(v, 6),
+        routed_norm: norm(v, 6),
+        routed_scale: if v.below(4) == 0 { 1.7 } else { 1.0 },
+        shared,
+        output_norm: norm(v, 6),
+    };
+    let config = MoeConfig::new(h, i, e, top_k, routing, activation)
+        .and_then(|config| config.with_extras(extras.clone()))
+        .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+
+    let d = config.expert_size() as usize;
+    let weighted = config.num_weighted_experts() as usize;
+    let [h, i, e] = [h, i, e].map(|n| n as usize);
+    let scaled = |v: &mut Values, len: usize, fan_in: usize| -> Vec<f32> {
+        v.even(len).into_iter().map(|w| w * 1.7 / (fan_in as f32).sqrt()).collect()
+    };
+    let gated = activation.is_gated();
+    let mut weights = MoeWeights {
+        router: scaled(v, e * h, h).into_iter().map(|w| 2.0 * w).collect(),
+        router_bias: (v.below(3) == 0).then(|| v.even(e)),
+        gate_proj: if gated { scaled(v, weighted * i * d, d) } else { Vec::new() },
+        up_proj: scaled(v, weighted * i * d, d),
+        down_proj: scaled(v, weighted * d * i, i),
+        ..MoeWeights::default()
+    };
+    let has_bias = v.below(4) == 0;
+    let selects = matches!(selection, Selection::TopK | Selection::Sparsemixer { .. });
+    let num_shared = shared.map_or(0, |s| s.num) as usize;
+    let s = shared.map_or(0, |s| s.intermediate_size) as usize;
+    weights.extras = ExtraWeights {
+        selection_bias: (selects && v.below(2) == 0).then(|| v.even(e).into_iter().map(|b| 0.3 * b).collect()),
+        per_expert_scale: (v.below(4) == 0).then(|| norms(v, e)),
+        router_noise: (noise == Noise::NoisyTopK).then(|| scaled(v, e * h, h)),
+        group_router: (scores == Scores::Hierarchical).then(|| scaled(v, num_groups as usize * h, h)),
+        token_table: matches!(selection, Selection::TokenTable { .. })
+            .then(|| (0..vocab_size as usize * top_k as usize).map(|n| ((n * 7 + n / 3) % e) as u32).collect()),
+        gate_bias: (has_bias && gated).then(|| v.even(weighted * i)),
+        up_bias: has_bias.then(|| v.even(weighted * i)),
+        down_bias: (v.below(4) == 0).then(|| v.even(weighted * d)),
+        latent_in: latent_size.map(|_| scaled(v, d * h, h)),
+        latent_out: latent_size.map(|_| scaled(v, h * d, d)),
+        router_norm: extras.router_norm.map(|_| norms(v, h)),
+        expert_norm: extras.expert_norm.map(|_| norms(v, d)),
+        expert_out_norm: extras.expert_out_norm.map(|_| norms(v, d)),
+        routed_norm: extras.routed_norm.map(|_| norms(v, h)),
+        output_norm: extras.output_norm.map(|_| norms(v, h)),
+        output_bias: (v.below(5) == 0).then(|| v.even(h)),
+        shared_gate_proj: if shared.is_some_and(|s| s.activation.is_gated()) { scaled(v, num_shared * s * h, h) } else { Vec::new() },
+        shared_up_proj: scaled(v, num_shared * s * h, h.max(1)),
+        shared_down_proj: scaled(v, num_shared * h * s, s.max(1)),
+        shared_gate: (config.num_gated_shared() > 0).then(|| scaled(v, config.num_gated_shared() as usize * h, h)),
+    };
+    let sequences = 1 + v.below(3);
+    let tokens = sequences * (1 + v.below(14));
+    let num_experts = e as i64;
+    let mut id = |v: &mut Values| if v.below(7) == 0 { -1 } else { (v.next() as i64 % num_experts) as i32 };
+    Case {
+        x: v.even(tokens * h).into_iter().map(|x| 1.5 * x).collect(),
+        token_ids: (0..tokens).map(|_| v.below(vocab_size as usize) as u32).collect(),
+        experts: (0..tokens * top_k as usize).map(|_| id(v)).collect(),
+        tokens_per_sequence: (v.below(2) == 0).then_some((tokens / sequences) as u32),
+        seed: (v.below(2) == 0).then_some(seed),
+        config,
+        weights,
+    }
+}
+
+/// Cases whose choices do not hang on rounding.
+fn decided_cases(count: usize) -> impl Iterator<Item = (u64, Case)> {
+    (0..).map(|seed| (seed, random_case(seed))).filter(|(_, case)| case.is_decided()).take(count)
+}
+
+/// `None` if the layer does on the context what the reference does.
+fn difference(context: &Context, case: &Case) -> Option<String> {
+    let layer = match MoeLayer::new(context, case.config.clone(), &case.weights) {
+        Ok(layer) => layer,
+        Err(error) => return Some(error.to_string()),
+    };
+    let expected = reference::moe_forward(&case.config, &case.weights, case.batch());
+    let y = match layer.forward_batch(&case.batch()) {
+        Ok(y) => y,
+        Err(error) => return Some(error.to_string()),
+    };
+    let routing = layer.routing().expect("a pass ran");
+    if routing.topk_experts != expected.router.topk_experts {
+        let at = (0..).find(|&a| routing.topk_experts[a] != expected.router.topk_experts[a]).unwrap_or(0);
+        return Some(format!(
+            "assignment {at} went to {}, expected {}",
+            routing.topk_experts[at], expected.router.topk_experts[at]
+        ));
+    }
+    let close = |name: &str, got: &[f32], want: &[f64], bound: f64| {
+        let scale = want.iter().fold(1e-30f64, |most, w| most.max(w.abs()));
+        let off = |(got, want): (&f32, &f64)| !((f64::from(*got) - want).abs() <= bound * scale);
+        let at = got.iter().zip(want).position(off);
+        (got.len() != want.len() || at.is_some())
+            .then(|| format!("{name}[{at:?}] of {}: {:?}", want.len(), at.map(|at| (got[at], want[at]))))
+    };
+    close("weights", &routing.topk_weights, &expected.router.topk_weights, 1e-5)
+        .or_else(|| close("shared weights", &routing.shared_weights, &expected.router.shared_weights, 1e-5))
+        .or_else(|| close("logits", &routing.router_logits, &expected.router.router_logits, 1e-5))
+        .or_else(|| close("y", &y, &expected.y, 1e-5))
+        .or_else(|| (routing.num_dropped != expected.router.topk_experts.iter().filter(|&&e| e == DROPPED).count())
+            .then(|| format!("{} dropped", routing.num_dropped)))
+}
+
+fn check_all(context: &Context, count: usize) {
+    let mut failed = Vec::new();
+    let only = std::env::var("WGMOE_SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
+    for (seed, case) in decided_cases(count).filter(|(seed, _)| only.is_none_or(|only| only == *seed)) {
+        if let Some(difference) = difference(context, &case) {
+            println!("seed {seed}: {difference}\n    {:?}", case.config);
+            failed.push(seed);
+        }
+    }
+    assert!(failed.is_empty(), "{} of {count} layers differ from the definition: seeds {failed:?}", failed.len());
+}
+
+#[test]
+fn every_layer_is_what_the_definition_says_on_the_gpu() {
+    let Some(context) = gpu_context() else { return };
+    check_all(&context, 300);
+}
+
+#[test]
+fn every_layer_is_what_the_definition_says_on_the_cpu_engine() {
+    check_all(&Context::cpu(), 1000);
+}
+
+/// The comparison above can fail, for each thing that it compares.
+#[test]
+fn a_wrong_layer_is_noticed() {
+    let context = Context::cpu();
+    let (_, mut case) = decided_cases(50).find(|(_, c)| c.config.extras().shared.is_some()).expect("there is one");
+    assert_eq!(difference(&context, &case), None);
+    let layer = MoeLayer::new(&context, case.config.clone(), &case.weights).expect("valid");
+    let right = layer.forward_batch(&case.batch()).expect("it runs");
+    case.weights.extras.shared_up_proj.iter_mut().for_each(|w| *w *= 1.001);
+    let layer = MoeLayer::new(&context, case.config.clone(), &case.weights).expect("valid");
+    let wrong = layer.forward_batch(&case.batch()).expect("it runs");
+    assert_ne!(bits(&right), bits(&wrong));
+}
+
+#[test]
+fn statistics_are_those_of_the_definition() {
+    let mut contexts = vec![Context::cpu()];
+    contexts.extend(gpu_context());
+    for context in contexts {
+        for (seed, case) in decided_cases(60) {
+            let layer = MoeLayer::new(&context, case.config.clone(), &case.weights).expect("valid");
+            layer.forward_batch(&case.batch()).expect("it runs");
+            let expected = reference::moe_forward(&case.config, &case.weights, case.batch());
+            let sequence = case.tokens_per_sequence.map_or(case.num_tokens(), |n| n as usize);
+            let expected = reference::statistics::statistics(&case.config, &expected.router, sequence);
+            let got = layer.statistics().expect("a pass ran");
+            assert_eq!(got.tokens_per_expert, expected.tokens_per_expert, "seed {seed}");
+            assert_eq!(got.num_dropped, expected.num_dropped, "seed {seed}");
+            for (name, got, expected) in [
+                ("switch loss", got.switch_load_balancing_loss, expected.switch_load_balancing_loss),
+                ("loss", got.load_balancing_loss, expected.load_balancing_loss),
+                ("z-loss", got.router_z_loss, expected.router_z_loss),
+                ("entropy", got.entropy, expected.entropy),
+            ] {
+                assert!((got - expected).abs() <= 1e-5 * expected.abs().max(0.1), "seed {seed}: {name} {got} {expected}");
+            }
+        }
+    }
+    assert!((log_sum_exp(&[0.0, 0.0]) - 2.0f64.ln()).abs() < 1e-15);
+}
+
+#[test]
+fn functions_are_their_definitions() {
+    for (function, at_one) in [
+        (Function::Silu, 0.731_058_578_630_004_9),
+        (Function::Gelu, 0.841_344_746_068_543),
+        (Function::GeluTanh, 0.841_191_990_608_276_8),
+        (Function::GeluQuick, 0.845_795_765_915_829),
+        (Function::Relu, 1.0),
+        (Function::Relu2, 1.0),
+    ] {
+        assert!((function.apply(1.0) - at_one).abs() < 1e-9, "{function:?}: {}", function.apply(1.0));
+        assert_eq!(function.apply(0.0), 0.0);
+    }
+    let oss = Activation { form: Form::GptOss { limit: 7.0, alpha: 1.702 }, function: Function::Silu };
+    assert!((oss.apply(1.0, 1.0) - 2.0 * 0.845_795_765_915_829).abs() < 1e-9);
+}
