@@ -7,10 +7,12 @@ use naga::{AddressSpace, Module, ShaderStage, StorageAccess, TypeInner};
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
-use wgmoe::kernels::params::{MatmulParams, MoeParams};
+use wgmoe::kernels::params::{
+    CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, StatisticsParams,
+};
 use wgmoe::kernels::{self, Access, Kernel, Part, Stage};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest};
-use wgmoe::{Activation, MatmulVariant, MoeConfig, Routing, Scores, WeightFormat};
+use wgmoe::{Activation, MatmulVariant, MoeConfig, Routing, WeightFormat};
 
 /// What a checker found wrong, one line each.
 type Faults = Vec<String>;
@@ -39,7 +41,18 @@ fn compile(kernel: &Kernel) -> Result<(Module, ModuleInfo), String> {
 
 /// Probes measure a device and are no part of the pass: they have no reference and no uniform.
 fn is_probe(stage: Stage) -> bool {
-    !Stage::ALL.contains(&stage)
+    matches!(stage, Stage::ProbeFma | Stage::ProbeRead)
+}
+
+/// The definition of a stage: a file of its name, or of the stage that it is a part of.
+fn twin(name: &str) -> String {
+    let twin = match name {
+        "token_table" => "router",
+        "reweigh" => "capacity",
+        "token_statistics" | "expert_statistics" => "statistics",
+        other => other,
+    };
+    format!("src/reference/{twin}.rs")
 }
 
 /// One entry point with the stage's name, and the stage's files.
@@ -59,7 +72,7 @@ fn check_names(kernel: &Kernel, module: &Module) -> Faults {
     let mut files = vec![format!("shaders/{name}.wgsl"), format!("src/kernels/{name}.rs")];
     // Nobody looks at what a probe computes.
     if !is_probe(kernel.stage) {
-        files.push(format!("src/reference/{name}.rs"));
+        files.push(twin(name));
     }
     for file in files {
         if !repository(&file).is_file() {
@@ -123,11 +136,18 @@ macro_rules! fields {
 /// The Rust structs that uniforms are made of.
 fn uniform_structs() -> BTreeMap<&'static str, Fields> {
     BTreeMap::from([
-        fields!(MoeParams: num_tokens, hidden_size, num_experts, top_k, num_assignments, num_tile_slots, tile_m,
-            renormalize, hidden_stride, chunk_len, nan_bits, first_column),
+        fields!(MoeParams: num_tokens, hidden_size, num_experts, num_weighted, top_k, num_assignments,
+            num_tile_slots, tile_m, hidden_stride, first_column, chunk_len, in_stride, in_width, num_shared,
+            out_stride, routed_scale, shared_scale),
+        fields!(RouterParams: num_tokens, hidden_size, num_experts, top_k, num_rows, first_row, num_shared,
+            num_groups, keep_groups, masked_bits, nan_bits, renormalize, noise_key, first_token, scale, logit_scale,
+            logit_softcap, norm_p, norm_epsilon, norm_floor, jitter, close),
+        fields!(CapacityParams: num_tokens, tokens_per_sequence, num_experts, top_k, capacity, keys_at),
+        fields!(NormParams: num_rows, width, v_stride, normed_stride, epsilon),
+        fields!(StatisticsParams: num_tokens, tokens_per_sequence, num_experts, top_k),
         fields!(MatmulParams: num_tile_slots, num_column_tiles, first_expert, end_expert, first_column, num_columns,
             begin_column, end_column, k4,
-            x_stride, out_stride, num_assignments, num_experts, top_k),
+            x_stride, out_stride, num_assignments, num_experts, top_k, tile_m, bias_stride, slice_column, limit, alpha),
     ])
 }
 
@@ -205,7 +225,7 @@ fn check_text(part: &Part) -> Faults {
     if !header.next().is_some_and(|line| line.starts_with(&format!("// {}: ", part.file))) {
         faults.push(format!("the first line is not \"// {}: ...\"", part.file));
     }
-    let is_stage = Stage::ALL.iter().any(|stage| stage.name() == part.file);
+    let is_stage = part.source.contains("@compute");
     let is_probe = part.file.starts_with("probe_");
     if is_stage || is_probe {
         let header: Vec<&str> = header.collect();
@@ -221,7 +241,7 @@ fn check_text(part: &Part) -> Faults {
                 None => faults.push(format!("no header field {field:?}")),
             }
         }
-        let twin = if is_probe { "none".to_owned() } else { format!("src/reference/{}.rs", part.file) };
+        let twin = if is_probe { "none".to_owned() } else { twin(part.file) };
         if !header.iter().any(|line| line.starts_with("// CPU twin") && line.contains(&twin)) {
             faults.push(format!("the CPU twin is not {twin}"));
         }
@@ -429,7 +449,7 @@ mod checkers_can_fail {
             assert_fault(&wrong, &format!("combine.wgsl:{line}"));
         }
         let wrong = edited(kernel("combine"), "moe_params", "return group.y", "return 1.0 * group.y");
-        assert_fault(&wrong, "moe_params.wgsl:23");
+        assert_fault(&wrong, "moe_params.wgsl:28");
     }
 
     #[test]
@@ -445,7 +465,7 @@ mod checkers_can_fail {
 
     #[test]
     fn on_bindings() {
-        for label in ["combine", "router", "permute", "gate_up.subgroup8.f16", "down.tiled.f32"] {
+        for label in ["combine", "router.softmax", "permute", "gate_up.subgroup8.f16", "down.tiled.f32"] {
             let mut wrong = kernel(label);
             wrong.bindings[1].name = "renamed";
             assert_fault(&wrong, "in Rust");
@@ -462,9 +482,9 @@ mod checkers_can_fail {
             wrong.bindings.push(wrong.bindings[1]);
             assert_fault(&wrong, "in Rust");
         }
-        let wrong = edited(kernel("combine"), "combine", "@group(0) @binding(3)", "@group(1) @binding(3)");
+        let wrong = edited(kernel("combine"), "rows_weighted", "@group(0) @binding(3)", "@group(1) @binding(3)");
         assert_fault(&wrong, "topk_weights is in group 1");
-        let wrong = edited(kernel("combine"), "combine", "(topk_weights[a])", "(2.0)");
+        let wrong = edited(kernel("combine"), "rows_weighted", "weight = topk_weights[a]", "weight = 2.0");
         assert_fault(&wrong, "topk_weights is bound but never used");
     }
 
@@ -475,9 +495,9 @@ mod checkers_can_fail {
             &swapped("    num_tokens: u32,\n    hidden_size: u32,", "    hidden_size: u32,\n    num_tokens: u32,"),
             "MoeParams is",
         );
-        assert_fault(&swapped("    nan_bits: u32,", "    nan_bits: vec4<u32>,"), "MoeParams is");
+        assert_fault(&swapped("    num_shared: u32,", "    num_shared: vec4<u32>,"), "MoeParams is");
         assert_fault(&swapped("tile_m: u32, ", "tile_rows: u32, "), "MoeParams is");
-        let wrong = edited(kernel("down.tiled.f32"), "matmul_params", "    top_k: u32,\n", "");
+        let wrong = edited(kernel("down.tiled.f32"), "matmul_params", "    alpha: f32,\n", "");
         assert_fault(&wrong, "MatmulParams is");
     }
 
@@ -485,8 +505,8 @@ mod checkers_can_fail {
     fn on_overrides() {
         let mut wrong = kernel("combine");
         wrong.overrides[0].0 = "GROUP_SIZE";
-        assert_fault(&wrong, "overrides {\"WG_SIZE\"} in WGSL");
-        let mut wrong = kernel("router");
+        assert_fault(&wrong, "overrides {\"WEIGH\", \"WG_SIZE\"} in WGSL");
+        let mut wrong = kernel("router.softmax");
         wrong.overrides.pop();
         assert_fault(&wrong, "in WGSL");
         let mut wrong = kernel("combine");
@@ -508,7 +528,7 @@ mod checkers_can_fail {
         }
         assert_fault(&text("// Grid ", "// Numerics  f32\n// Grid "), "out of order");
         assert_fault(&text("src/reference/combine.rs", "src/reference/router.rs"), "the CPU twin is not");
-        assert_fault(&text("// [num_rows, hidden_stride]", ""), "no shape");
-        assert_fault(&text("//     y[t, :] = sum", "//     y is the sum"), "no equation");
+        assert_fault(&text("// [num_tokens, hidden_size]", ""), "no shape");
+        assert_fault(&text("//     y[t, :] = finish", "//     y is the sum"), "no equation");
     }
 }

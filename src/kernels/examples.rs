@@ -47,9 +47,8 @@ pub(super) fn routers() -> Vec<Kernel> {
         let top_k = if routing.is_dense() { 8 } else { 2 };
         let Ok(config) = MoeConfig::new(64, 32, 8, top_k, routing, Activation::SWIGLU) else { continue };
         let noise = routing.noise != Noise::None;
-        kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, Input::Vec4, 64, 8));
-        if kernels.len() == 1 {
-            kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, Input::Scalar, 64, 8));
+        for input in [Input::Vec4, Input::Scalar] {
+            kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, input, 64, 8));
         }
     }
     for gate in [SharedGate::Sigmoid, SharedGate::Joint, SharedGate::Mix] {
@@ -63,5 +62,8 @@ pub(super) fn routers() -> Vec<Kernel> {
             kernels.push(router::kernel(&config, true, FrontKind::Assignments, false, Input::Vec4, 64, 8));
         }
     }
+    // Some routings are the same kernel.
+    let mut labels = std::collections::HashSet::new();
+    kernels.retain(|kernel| labels.insert(kernel.label.clone()));
     kernels
 }

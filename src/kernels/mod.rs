@@ -249,5 +249,13 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend([token_statistics::kernel(), expert_statistics::kernel()]);
     kernels.extend([probe_fma::kernel(256), probe_read::kernel(false)]);
+    // Some of the ways above lead to the same kernel.
+    let mut seen: Vec<(String, Vec<Part>)> = Vec::new();
+    kernels.retain(|kernel| {
+        let key = (kernel.label.clone(), kernel.parts.clone());
+        let is_new = !seen.contains(&key);
+        seen.push(key);
+        is_new
+    });
     kernels
 }

@@ -132,8 +132,13 @@ pub fn kernel(
     match gate {
         SharedGate::None => add(wgsl!("gates_none"), ""),
         SharedGate::Sigmoid | SharedGate::Joint | SharedGate::Mix => {
-            overrides.push(("GATE", gate as u32 - SharedGate::Sigmoid as u32));
-            add(wgsl!("gates_shared"), "shared");
+            let (number, name) = match gate {
+                SharedGate::Joint => (1, "joint"),
+                SharedGate::Mix => (2, "mix"),
+                _ => (0, "shared"),
+            };
+            overrides.push(("GATE", number));
+            add(wgsl!("gates_shared"), name);
         }
     }
     add(wgsl!("router"), "");
