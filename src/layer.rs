@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::gpu::context::lock;
 use crate::gpu::layer::GpuLayer;
 use crate::gpu::{Buffer, CommandEncoder, PassStats, StageTime};
-use crate::kernels::Stage;
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
+use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::{MoeWeights, WeightFormat, check_finite};
@@ -241,10 +241,9 @@ impl MoeLayer {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.profile())),
             LayerEngine::Cpu(cpu) => {
                 let CpuLast { x, y, .. } = &mut *lock(&cpu.last);
-                let (_, times) = cpu.layer.forward_profiled(x, y)?;
-                let stage =
-                    |(stage, time): (Stage, Duration)| StageTime { name: stage.name(), seconds: time.as_secs_f64() };
-                Ok(Stage::ALL.into_iter().zip(times).map(stage).collect())
+                let (_, times) = cpu.layer.forward_profiled(&Batch::from(&x[..]), y)?;
+                let stage = |(name, time): (_, Duration)| StageTime { name, seconds: time.as_secs_f64() };
+                Ok(times.into_iter().map(stage).collect())
             }
         }
     }
