@@ -313,7 +313,7 @@ impl CpuLayer {
         let own = matches!(batch.front, Front::Router);
         let mut logits = Logits { are_final: !own, ..Logits::default() };
         let mut packed_is_x = false;
-        if own || self.router.gates.is_some() {
+        if own || self.config.num_gated_shared() > 0 {
             let seen = self.router_input(batch, &mut scratch.seen)?;
             packed_is_x = seen.is_none();
             let seen = seen.unwrap_or(batch.x);

@@ -136,13 +136,15 @@ pub(super) fn assigned(
     experts: &[i32],
     weights: &[f32],
 ) -> Result<RoutingDecision> {
-    let bad_tokens = gates.chunks(config.num_gated_shared().max(1) as usize).filter(|g| g.iter().any(|l| l.is_nan()));
-    match bad_tokens.count() {
+    let num_shared = config.num_gated_shared() as usize;
+    let width = gates.len().checked_div(num_tokens).unwrap_or(0).max(1);
+    let shared = || gates.chunks_exact(width).map(|gates| &gates[..num_shared]);
+    match shared().filter(|gates| gates.iter().any(|l| l.is_nan())).count() {
         0 => Ok(RoutingDecision {
             num_tokens,
             topk_experts: experts.iter().map(|&e| expert_id(e)).collect(),
             topk_weights: weights.to_vec(),
-            shared_weights: gates.iter().map(|&gate| sigmoid(f64::from(gate)) as f32).collect(),
+            shared_weights: shared().flatten().map(|&gate| sigmoid(f64::from(gate)) as f32).collect(),
             ..RoutingDecision::default()
         }),
         bad => Err(Error::NonFiniteLogits { num_tokens: bad as u32 }),
