@@ -6,7 +6,6 @@ use crate::error::{Error, Result};
 use crate::gpu::context::lock;
 use crate::gpu::layer::{GpuLayer, RecordedFront, Recording};
 use crate::gpu::{Buffer, CommandEncoder, PassStats, StageTime};
-use crate::kernels::Stage;
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
 use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
@@ -269,7 +268,8 @@ impl MoeLayer {
             LayerEngine::Cpu(cpu) => {
                 let last = lock(&cpu.last);
                 let Some(routing) = &last.routing else { return Ok(Statistics::default()) };
-                cpu::statistics(&self.config, routing, last.tokens_per_sequence.unwrap_or(last.num_tokens) as usize)
+                let tokens = last.tokens_per_sequence.unwrap_or(last.num_tokens) as usize;
+                Ok(cpu::statistics(&self.config, routing, tokens))
             }
         }
     }
@@ -341,10 +341,9 @@ impl MoeLayer {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.profile())),
             LayerEngine::Cpu(cpu) => {
                 let CpuLast { x, y, .. } = &mut *lock(&cpu.last);
-                let (_, times) = cpu.layer.forward_profiled(x, y)?;
-                let stage =
-                    |(stage, time): (Stage, Duration)| StageTime { name: stage.name(), seconds: time.as_secs_f64() };
-                Ok(Stage::ALL.into_iter().zip(times).map(stage).collect())
+                let (_, times) = cpu.layer.forward_profiled(&Batch::from(&x[..]), y)?;
+                let stage = |(name, time): (_, Duration)| StageTime { name, seconds: time.as_secs_f64() };
+                Ok(times.into_iter().map(stage).collect())
             }
         }
     }

@@ -98,6 +98,6 @@ pub use model::routing::{
     RoutingDecision, Scores, Selection,
 };
 pub use model::statistics::Statistics;
-pub use model::weights::{ExtraWeights, MoeWeights, WeightFormat};
+pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights, WeightFormat};
 pub use plan::Plan;
 pub use wgpu;

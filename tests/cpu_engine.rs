@@ -4,7 +4,7 @@ mod support;
 
 use support::assert_close;
 use wgmoe::cpu::CpuLayer;
-use wgmoe::{Activation, Error, MoeConfig, MoeWeights, Routing, Scores, WeightFormat, reference};
+use wgmoe::{Activation, Batch, Error, MoeConfig, MoeWeights, Routing, WeightFormat, reference};
 
 /// A small generator: the same values on every machine.
 struct Values(u64);
@@ -67,7 +67,7 @@ fn check(config: &MoeConfig, weights: &MoeWeights, format: WeightFormat, x: &[f3
     let mut y = vec![f32::NAN; x.len()];
     let decision = layer(config, weights, format).forward_into(x, &mut y).expect("the input is valid");
     let stored = weights.rounded(format);
-    let mut router = reference::router::router(config, &stored.router, stored.router_bias.as_deref(), x);
+    let mut router = reference::router::router(config, &stored, &Batch::from(x));
 
     assert_close(&format!("{name}: logits"), &decision.router_logits, &router.router_logits, |at| {
         let (t, expert) = (at / e, at % e);
@@ -239,7 +239,7 @@ fn bad_input_is_refused_with_its_place() {
             other => panic!("{bad}: {other:?}"),
         }
     }
-    for (x, y, tensor, expected) in [(7, 7, "x", 4), (8, 4, "y", 8), (4, 8, "y", 4), (0, 4, "y", 0)] {
+    for (x, y, tensor, expected) in [(7, 7, "x", 8), (8, 4, "y", 8), (4, 8, "y", 4), (0, 4, "y", 0)] {
         match layer.forward_into(&vec![1.0; x], &mut vec![0.0; y]) {
             Err(Error::LengthMismatch { tensor: t, expected: e, .. }) => assert_eq!((t, e), (tensor, expected)),
             other => panic!("{x} {y}: {other:?}"),

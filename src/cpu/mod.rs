@@ -10,25 +10,39 @@
 //!
 //! This folder is the only one that may hold `unsafe`, each use with its reason.
 
+mod activate;
+mod capacity;
 mod chunks;
 mod combine;
+mod edit;
 mod experts;
 mod kernel;
+mod norm;
 mod panels;
 mod permute;
 mod roofline;
 mod router;
 mod shared;
+mod statistics;
 
 pub(crate) use roofline::dense_matmul;
 pub use roofline::{Roofline, roofline};
+pub use statistics::statistics;
 
 use crate::error::{Error, Result};
-use crate::model::config::MoeConfig;
-use crate::model::routing::RoutingDecision;
-use crate::model::weights::{MoeWeights, WeightFormat, check_finite};
-use chunks::Chunk;
+use crate::model::batch::{Batch, Front};
+use crate::model::config::{MoeConfig, SharedExperts};
+use crate::model::noise;
+use crate::model::routing::{Noise, RoutingDecision};
+use crate::model::weights::{MoeWeights, WeightFormat};
+use chunks::{Chunk, chunks};
+use combine::Finish;
+use experts::{Experts, Tensors};
+use norm::RmsNorm;
 use panels::Panels;
+use permute::pack;
+use rayon::prelude::*;
+use router::{Logits, Router};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -39,39 +53,114 @@ pub struct CpuLayer {
     config: MoeConfig,
     format: WeightFormat,
     simd: pulp::Arch,
-    /// `[num_experts, hidden_size]` as one matrix.
-    router: Panels,
-    router_bias: Option<Vec<f32>>,
-    /// Gate and up columns side by side, see [`experts::pack_gate_up`].
-    gate_up: Panels,
-    /// `[num_experts]` matrices `[hidden_size, intermediate_size]`.
-    down: Panels,
+    router: Router,
+    experts: Experts,
+    shared: Option<Experts>,
+    /// `[expert_size, hidden_size]`, f32
+    latent_in: Option<Panels>,
+    /// `[hidden_size, expert_size]`, f32
+    latent_out: Option<Panels>,
+    router_norm: Option<RmsNorm>,
+    expert_norm: Option<RmsNorm>,
+    expert_out_norm: Option<RmsNorm>,
+    routed_norm: Option<RmsNorm>,
+    output_norm: Option<RmsNorm>,
+    output_bias: Option<Vec<f32>>,
     scratch: Mutex<Vec<Scratch>>,
 }
 
-/// Memory of one forward pass, kept for the next.
+/// Memory of one forward pass, kept for the next. A plain layer leaves the second half empty.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Tokens or gathered rows, packed: `[num_rows, hidden_size]`
-    x: Vec<f32>,
+    /// Tokens or gathered rows, packed: `[num_rows, hidden_size or expert_size]`
+    packed: Vec<f32>,
     /// Packed: `[num_rows, intermediate_size]`
     intermediate: Vec<f32>,
-    /// `[num_rows, hidden_size]`
+    /// `[num_rows, expert_size]`
     expert_out: Vec<f32>,
+
+    /// What the router sees, where that is not x: `[num_tokens, hidden_size]`
+    seen: Vec<f32>,
+    /// What the shared experts add: `[num_tokens, hidden_size]`
+    shared: Vec<f32>,
+    /// What the experts read, where that is not x: `[num_tokens, expert_size]`
+    expert_in: Vec<f32>,
+    /// Before the projection out of the latent space: `[num_tokens, expert_size]`
+    combined: Vec<f32>,
+}
+
+/// The time of each stage, in order. Stages that a layer does not have are not there.
+pub type StageTimes = Vec<(&'static str, Duration)>;
+
+/// Measures stages that follow each other.
+struct Clock {
+    last: Instant,
+    times: StageTimes,
+}
+
+impl Clock {
+    fn start() -> Self {
+        Self { last: Instant::now(), times: Vec::with_capacity(5) }
+    }
+
+    fn lap(&mut self, stage: &'static str) {
+        let now = Instant::now();
+        self.times.push((stage, now - self.last));
+        self.last = now;
+    }
 }
 
 impl CpuLayer {
     /// Packs `weights` for this processor. `format` is how expert weights are stored; sums are f32 in any case.
     ///
-    /// Errors: wrong lengths, NaN or infinite weights, weights that `format` cannot hold, memory that cannot be had.
+    /// Errors: what [`MoeWeights::validate`] finds, memory that cannot be had.
     pub fn new(config: MoeConfig, weights: &MoeWeights, format: WeightFormat) -> Result<Self> {
         weights.validate(&config, format)?;
-        let [h, i, e] = [config.hidden_size(), config.intermediate_size(), config.num_experts()].map(|n| n as usize);
-        let router = Panels::pack(WeightFormat::F32, 1, [e, h], |_, n| Some(&weights.router[n * h..][..h]))?;
-        let gate_up = experts::pack_gate_up(&config, &weights.gate_proj, &weights.up_proj, format)?;
-        let down = Panels::pack(format, e, [h, i], |e, n| Some(&weights.down_proj[(e * h + n) * i..][..i]))?;
-        let (router_bias, scratch) = (weights.router_bias.clone(), Mutex::default());
-        Ok(Self { config, format, simd: pulp::Arch::new(), router, router_bias, gate_up, down, scratch })
+        let (extras, surroundings) = (&weights.extras, config.extras());
+        let experts = Tensors {
+            activation: config.activation(),
+            num_experts: config.num_weighted_experts() as usize,
+            size: config.expert_size() as usize,
+            intermediate_size: config.intermediate_size() as usize,
+            gate: &weights.gate_proj,
+            up: &weights.up_proj,
+            down: &weights.down_proj,
+            gate_bias: extras.gate_bias.as_deref(),
+            up_bias: extras.up_bias.as_deref(),
+            down_bias: extras.down_bias.as_deref(),
+        };
+        let shared = |shared: SharedExperts| Tensors {
+            activation: shared.activation,
+            num_experts: shared.num as usize,
+            size: config.hidden_size() as usize,
+            intermediate_size: shared.intermediate_size as usize,
+            gate: &extras.shared_gate_proj,
+            up: &extras.shared_up_proj,
+            down: &extras.shared_down_proj,
+            gate_bias: None,
+            up_bias: None,
+            down_bias: None,
+        };
+        let [h, d] = [config.hidden_size(), config.expert_size()].map(|n| n as usize);
+        let matrix =
+            |rows: &Option<Vec<f32>>, width| rows.as_deref().map(|rows| router::pack_rows(rows, width)).transpose();
+        Ok(Self {
+            format,
+            simd: pulp::Arch::new(),
+            router: Router::pack(&config, weights)?,
+            experts: Experts::pack(experts, format)?,
+            shared: surroundings.shared.map(|experts| Experts::pack(shared(experts), format)).transpose()?,
+            latent_in: matrix(&extras.latent_in, h)?,
+            latent_out: matrix(&extras.latent_out, d)?,
+            router_norm: RmsNorm::new(surroundings.router_norm, &extras.router_norm),
+            expert_norm: RmsNorm::new(surroundings.expert_norm, &extras.expert_norm),
+            expert_out_norm: RmsNorm::new(surroundings.expert_out_norm, &extras.expert_out_norm),
+            routed_norm: RmsNorm::new(surroundings.routed_norm, &extras.routed_norm),
+            output_norm: RmsNorm::new(surroundings.output_norm, &extras.output_norm),
+            output_bias: extras.output_bias.clone(),
+            scratch: Mutex::default(),
+            config,
+        })
     }
 
     /// Sizes and semantics.
@@ -84,25 +173,28 @@ impl CpuLayer {
         self.format
     }
 
-    /// SHIM
-    pub fn forward_batch(&self, batch: &crate::Batch<'_>, y: &mut [f32]) -> Result<RoutingDecision> {
-        self.forward_into(batch.x, y)
-    }
-
     /// The layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]`; `num_tokens` follows from the
     /// length and may be 0. Every element of `y` is written, or none on an error.
     ///
     /// Errors: lengths that do not fit, NaN or infinity in `x`, router logits that are not numbers.
     pub fn forward_into(&self, x: &[f32], y: &mut [f32]) -> Result<RoutingDecision> {
-        Ok(self.forward_profiled(x, y)?.0)
+        self.forward_batch(&Batch::from(x), y)
     }
 
-    /// The same, with the time of each stage: router, permute, gate_up, down, combine.
-    pub fn forward_profiled(&self, x: &[f32], y: &mut [f32]) -> Result<(RoutingDecision, [Duration; 5])> {
-        let num_tokens = self.check_lengths(x, y)?;
+    /// The same for any input. The caller's own assignments leave no logits in the decision.
+    ///
+    /// Errors: also what [`Batch::check`] finds.
+    pub fn forward_batch(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<RoutingDecision> {
+        Ok(self.forward_profiled(batch, y)?.0)
+    }
+
+    /// The same, with the time of each stage: router, permute, gate_up, down, combine, and in between what else the
+    /// layer has.
+    pub fn forward_profiled(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<(RoutingDecision, StageTimes)> {
+        let num_tokens = self.check_input(batch, y)?;
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
         // Entering the pool once keeps its threads awake between the stages.
-        let result = rayon::scope(|_| self.forward(num_tokens, x, y, &mut scratch));
+        let result = rayon::scope(|_| self.forward(num_tokens, batch, y, &mut scratch));
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
         result
     }
@@ -110,43 +202,203 @@ impl CpuLayer {
     fn forward(
         &self,
         num_tokens: usize,
-        x: &[f32],
+        batch: &Batch<'_>,
         y: &mut [f32],
         scratch: &mut Scratch,
-    ) -> Result<(RoutingDecision, [Duration; 5])> {
-        let Scratch { x: packed_x, intermediate, expert_out } = scratch;
-        let [h, i, top_k] =
-            [self.config.hidden_size(), self.config.intermediate_size(), self.config.top_k()].map(|n| n as usize);
-        let num_rows = num_tokens * top_k;
-        let packed_x = reserve(packed_x, num_rows * h)?;
-        let intermediate = reserve(intermediate, num_rows * i)?;
-        let expert_out = reserve(expert_out, num_rows * h)?;
-        let start = Instant::now();
+    ) -> Result<(RoutingDecision, StageTimes)> {
+        let config = &self.config;
+        let [h, i, d, top_k] = [config.hidden_size(), config.intermediate_size(), config.expert_size(), config.top_k()]
+            .map(|n| n as usize);
+        let tokens = chunks(&[0, num_tokens]);
+        let mut clock = Clock::start();
 
-        check_finite("x", x)?;
-        let tokens = chunks::chunks(&[0, num_tokens]);
-        let packed_tokens = &mut packed_x[..num_tokens * h];
-        permute::pack(&tokens, packed_tokens, |t| &x[t * h..][..h]);
-        let mut router_logits = vec![0.0; num_tokens * self.config.num_experts() as usize];
-        self.project(&self.router, &tokens, packed_tokens, &mut router_logits);
-        let decision = router::route(&self.config, router_logits, self.router_bias.as_deref())?;
-        let routed = Instant::now();
+        let (decision, mut packed_is_x) = self.route(num_tokens, &tokens, batch, scratch)?;
+        clock.lap("router");
 
-        let rows = permute::permute(&decision);
-        let experts = chunks::chunks(&rows.expert_offsets);
-        permute::pack(&experts, packed_x, |row| &x[rows.assignment_of_row[row] / top_k * h..][..h]);
-        let permuted = Instant::now();
+        let needs_x = self.shared.is_some() || self.latent_in.is_some();
+        let num_weighted = config.num_weighted_experts() as usize;
+        let num_rows: usize = decision.tokens_per_expert[..num_weighted].iter().map(|&n| n as usize).sum();
+        // All the memory before anything is written to y.
+        let packed = reserve(&mut scratch.packed, (num_rows * d).max(if needs_x { num_tokens * h } else { 0 }))?;
+        let inner = self.shared.as_ref().map_or(0, |shared| shared.intermediate_size);
+        let intermediate = reserve(&mut scratch.intermediate, (num_rows * i).max(num_tokens * inner))?;
+        let shared_out = if self.shared.is_some() { num_tokens * h } else { 0 };
+        let expert_out = reserve(&mut scratch.expert_out, (num_rows * d).max(shared_out))?;
+        let shared = reserve(&mut scratch.shared, shared_out)?;
+        let reads_x = self.latent_in.is_none() && self.expert_norm.is_none();
+        let expert_in = reserve(&mut scratch.expert_in, if reads_x { 0 } else { num_tokens * d })?;
+        let combined = reserve(&mut scratch.combined, if self.latent_out.is_some() { num_tokens * d } else { 0 })?;
 
-        experts::gate_up(self.simd, self.config.activation(), &self.gate_up, &experts, packed_x, intermediate, i);
-        let activated = Instant::now();
+        if needs_x && !packed_is_x {
+            pack(&tokens, &mut packed[..num_tokens * h], |t| &batch.x[t * h..][..h]);
+            packed_is_x = true;
+        }
+        if let Some(experts) = &self.shared {
+            debug_assert!(packed_is_x);
+            self.add_shared(experts, &tokens, &packed[..num_tokens * h], &decision, intermediate, expert_out, shared);
+            clock.lap("shared");
+        }
+        if let Some(projection) = &self.latent_in {
+            self.project(projection, &tokens, &packed[..num_tokens * h], expert_in);
+            clock.lap("latent_in");
+        }
+        if let Some(norm) = &self.expert_norm {
+            if self.latent_in.is_none() {
+                expert_in.copy_from_slice(batch.x);
+            }
+            norm.apply_rows(self.simd, expert_in);
+            clock.lap("expert_norm");
+        }
+        let expert_in = if reads_x { batch.x } else { &*expert_in };
 
-        self.project(&self.down, &experts, intermediate, expert_out);
-        let projected = Instant::now();
+        let rows = permute::permute(&decision, num_weighted);
+        let experts = chunks(&rows.expert_offsets);
+        let packed_rows = &mut packed[..num_rows * d];
+        pack(&experts, packed_rows, |row| &expert_in[rows.assignment_of_row[row] / top_k * d..][..d]);
+        clock.lap("permute");
 
-        combine::combine(self.simd, &decision, &rows, expert_out, y);
-        let times =
-            [routed - start, permuted - routed, activated - permuted, projected - activated, projected.elapsed()];
-        Ok((decision, times))
+        let factors = config
+            .routing()
+            .weigh_input
+            .then(|| rows.assignment_of_row.iter().map(|&a| decision.topk_weights[a]).collect::<Vec<f32>>());
+        let intermediate = &mut intermediate[..num_rows * i];
+        experts::gate_up(self.simd, &self.experts, &experts, packed_rows, factors.as_deref(), intermediate);
+        clock.lap("gate_up");
+
+        let expert_out = &mut expert_out[..num_rows * d];
+        self.project(&self.experts.down, &experts, intermediate, expert_out);
+        clock.lap("down");
+
+        if let Some(norm) = &self.expert_out_norm {
+            norm.apply_rows(self.simd, expert_out);
+            clock.lap("expert_out_norm");
+        }
+        let finish = Finish {
+            simd: self.simd,
+            routed_norm: self.routed_norm.as_ref(),
+            routed_scale: config.extras().routed_scale,
+            shared: self.shared.is_some().then_some(&*shared),
+            average: config.extras().shared.is_some_and(|shared| shared.average),
+            bias: self.output_bias.as_deref(),
+            output_norm: self.output_norm.as_ref(),
+        };
+        let between = [&*expert_out, expert_in];
+        match &self.latent_out {
+            None => {
+                combine::combine(self.simd, config, &decision, &rows, between, y, |t, y| finish.apply(t, y));
+                clock.lap("combine");
+            }
+            Some(projection) => {
+                combine::combine(self.simd, config, &decision, &rows, between, combined, |_, _| {});
+                clock.lap("combine");
+                let packed = reserve(&mut scratch.packed, num_tokens * d)?;
+                pack(&tokens, packed, |t| &combined[t * d..][..d]);
+                self.project(projection, &tokens, packed, y);
+                y.par_chunks_exact_mut(h).enumerate().for_each(|(t, y)| finish.apply(t, y));
+                clock.lap("latent_out");
+            }
+        }
+        Ok((decision, clock.times))
+    }
+
+    /// Stage 1, with capacity. Also whether `scratch.packed` now holds x.
+    fn route(
+        &self,
+        num_tokens: usize,
+        tokens: &[Chunk],
+        batch: &Batch<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(RoutingDecision, bool)> {
+        let h = self.config.hidden_size() as usize;
+        let own = matches!(batch.front, Front::Router);
+        let mut logits = Logits { are_final: !own, ..Logits::default() };
+        let mut packed_is_x = false;
+        if own || self.config.num_gated_shared() > 0 {
+            let seen = self.router_input(batch, &mut scratch.seen)?;
+            packed_is_x = seen.is_none();
+            let seen = seen.unwrap_or(batch.x);
+            let packed = reserve(&mut scratch.packed, num_tokens * h)?;
+            pack(tokens, packed, |t| &seen[t * h..][..h]);
+            let times = |matrix: &Panels| {
+                let mut out = vec![0.0; num_tokens * matrix.columns];
+                self.project(matrix, tokens, packed, &mut out);
+                out
+            };
+            if own {
+                logits.experts = times(&self.router.logits);
+                logits.noise = self.router.noise.as_ref().filter(|_| batch.seed.is_some()).map_or(Vec::new(), times);
+            }
+            logits.gates = self.router.gates.as_ref().map_or(Vec::new(), times);
+        }
+        let mut decision = match batch.front {
+            Front::Assignments { experts, weights } => {
+                router::assigned(&self.config, &logits.gates, num_tokens, experts, weights)?
+            }
+            Front::Router | Front::Logits(_) => {
+                if let Front::Logits(given) = batch.front {
+                    logits.experts = given.to_vec();
+                }
+                let (mut decision, ranks) = router::route(&self.config, &self.router, logits, batch)?;
+                capacity::capacity(&self.config, batch, &ranks, &mut decision);
+                decision
+            }
+        };
+        router::count(&self.config, &mut decision);
+        Ok((decision, packed_is_x))
+    }
+
+    /// What the router sees, if that is not x itself: its norm, jittered.
+    fn router_input<'a>(&self, batch: &Batch<'_>, seen: &'a mut Vec<f32>) -> Result<Option<&'a [f32]>> {
+        let jitter = match (self.config.routing().noise, batch.seed) {
+            (Noise::Jitter { epsilon }, Some(seed)) => Some((f64::from(epsilon), noise::key(seed))),
+            _ => None,
+        };
+        if self.router_norm.is_none() && jitter.is_none() {
+            return Ok(None);
+        }
+        let seen = reserve(seen, batch.x.len())?;
+        seen.copy_from_slice(batch.x);
+        seen.par_chunks_exact_mut(self.config.hidden_size() as usize).enumerate().for_each(|(t, row)| {
+            if let Some(norm) = &self.router_norm {
+                norm.apply(self.simd, row);
+            }
+            if let Some((epsilon, key)) = jitter {
+                for (at, v) in (0..).zip(row) {
+                    let uniform = f64::from(noise::uniform(key, t as u32, at));
+                    *v = (f64::from(*v) * (1.0 + epsilon * (2.0 * uniform - 1.0))) as f32;
+                }
+            }
+        });
+        Ok(Some(seen))
+    }
+
+    /// `shared[t, :] = sum over s of weight[t, s] * shared expert s of x[t, :]`; `x` is packed.
+    #[expect(clippy::too_many_arguments, reason = "scratch memory")]
+    fn add_shared(
+        &self,
+        experts: &Experts,
+        tokens: &[Chunk],
+        x: &[f32],
+        decision: &RoutingDecision,
+        intermediate: &mut [f32],
+        out: &mut [f32],
+        shared: &mut [f32],
+    ) {
+        let num = self.config.extras().shared.map_or(0, |shared| shared.num as usize);
+        let intermediate = &mut intermediate[..decision.num_tokens * experts.intermediate_size];
+        let out = &mut out[..shared.len()];
+        let gated = !decision.shared_weights.is_empty();
+        for s in 0..num {
+            let chunks: Vec<Chunk> = tokens.iter().map(|chunk| Chunk { expert: s, ..chunk.clone() }).collect();
+            experts::gate_up(self.simd, experts, &chunks, x, None, intermediate);
+            if num == 1 && !gated {
+                return self.project(&experts.down, &chunks, intermediate, shared);
+            }
+            self.project(&experts.down, &chunks, intermediate, out);
+            let weight = |t| if gated { decision.shared_weights[t * num + s] } else { 1.0 };
+            let width = self.config.hidden_size() as usize;
+            combine::add_weighted(self.simd, width, shared, out, s == 0, weight);
+        }
     }
 
     fn project(&self, weights: &Panels, chunks: &[Chunk], x: &[f32], out: &mut [f32]) {
@@ -154,16 +406,13 @@ impl CpuLayer {
     }
 
     /// `num_tokens` of a pass.
-    fn check_lengths(&self, x: &[f32], y: &[f32]) -> Result<usize> {
-        let h = self.config.hidden_size() as usize;
-        let num_tokens = x.len() / h;
-        let check = |tensor, found, expected| {
-            let shape = format!("[{num_tokens}, {h}]");
-            if found == expected { Ok(()) } else { Err(Error::LengthMismatch { tensor, shape, expected, found }) }
-        };
-        check("x", x.len(), num_tokens * h)?;
-        check("y", y.len(), x.len())?;
-        let assignments = num_tokens as u64 * u64::from(self.config.top_k());
+    fn check_input(&self, batch: &Batch<'_>, y: &[f32]) -> Result<usize> {
+        let num_tokens = batch.check(&self.config)?;
+        if y.len() != batch.x.len() {
+            let shape = format!("[{num_tokens}, {}]", self.config.hidden_size());
+            return Err(Error::LengthMismatch { tensor: "y", shape, expected: batch.x.len(), found: y.len() });
+        }
+        let assignments = u64::from(num_tokens) * u64::from(self.config.top_k());
         if assignments > u64::from(u32::MAX) {
             return Err(Error::LimitExceeded {
                 what: "one pass, in assignments of tokens to experts,".to_owned(),
@@ -172,7 +421,7 @@ impl CpuLayer {
                 hint: "split the tokens over several passes",
             });
         }
-        Ok(num_tokens)
+        Ok(num_tokens as usize)
     }
 }
 
@@ -184,9 +433,4 @@ fn reserve(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
         buffer.resize(len, 0.0);
     }
     Ok(&mut buffer[..len])
-}
-
-/// SHIM
-pub(crate) fn statistics(_: &MoeConfig, _: &RoutingDecision, _: usize) -> Result<crate::Statistics> {
-    Ok(crate::Statistics::default())
 }

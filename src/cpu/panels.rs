@@ -38,6 +38,8 @@ pub(super) struct Panels {
     pub columns: usize,
     /// K: lines of a panel.
     pub depth: usize,
+    /// What is added to the output's columns: a line for each panel of each expert.
+    bias: Option<Vec<Line>>,
 }
 
 impl Panels {
@@ -56,7 +58,91 @@ impl Panels {
                 line.0[j] = f16::from_f32(w);
             })?),
         };
-        Ok(Self { lines, columns, depth })
+        Ok(Self { lines, columns, depth, bias: None })
+    }
+
+    /// The same with `bias(e, n)` added to column n of expert e's output, where `is_there`.
+    pub fn with_bias(mut self, is_there: bool, bias: impl Fn(usize, usize) -> f32) -> Self {
+        let width = self.per_expert() * WIDTH;
+        let num_experts = self.num_lines().checked_div(self.lines_per_expert()).unwrap_or(0);
+        self.bias = is_there.then(|| {
+            let line = |first: usize| {
+                let mut line = Line::zeroed();
+                for (j, value) in line.0.iter_mut().enumerate().take_while(|(j, _)| first % width + j < self.columns) {
+                    *value = bias(first / width, first % width + j);
+                }
+                line
+            };
+            (0..num_experts * width).step_by(WIDTH).map(line).collect()
+        });
+        self
+    }
+
+    /// What is added to the columns of an expert's panel.
+    pub fn bias(&self, expert: usize, panel: usize) -> Option<&Line> {
+        self.bias.as_ref().map(|lines| &lines[expert * self.per_expert() + panel])
+    }
+
+    /// There is something to add.
+    pub fn has_bias(&self) -> bool {
+        self.bias.is_some()
+    }
+
+    fn lines_per_expert(&self) -> usize {
+        self.per_expert() * self.depth
+    }
+
+    fn num_lines(&self) -> usize {
+        match &self.lines {
+            Lines::F32(lines) => lines.len(),
+            Lines::F16(lines) => lines.len(),
+        }
+    }
+
+    /// Makes room for one more expert, so that [`Panels::splice`] cannot fail.
+    pub fn reserve_one(&mut self) -> Result<()> {
+        let (additional, panels) = (self.lines_per_expert(), self.per_expert());
+        match &mut self.lines {
+            Lines::F32(lines) => lines.try_reserve_exact(additional),
+            Lines::F16(lines) => lines.try_reserve_exact(additional),
+        }
+        .and_then(|()| self.bias.as_mut().map_or(Ok(()), |bias| bias.try_reserve_exact(panels)))
+        .map_err(|_| Error::OutOfMemory { during: "making room for an expert".to_owned() })
+    }
+
+    /// Takes `removed` experts out at `at` and puts those of `inserted`, which has the same shape, format and bias, in
+    /// their place. Nobody else's lines change.
+    pub fn splice(&mut self, at: usize, removed: usize, inserted: Option<Self>) {
+        fn splice<T>(values: &mut Vec<T>, size: usize, at: usize, removed: usize, inserted: Vec<T>) {
+            values.splice(at * size..(at + removed) * size, inserted);
+        }
+        let (lines, panels) = (self.lines_per_expert(), self.per_expert());
+        let (new_lines, new_bias) = inserted.map_or((None, None), |panels| (Some(panels.lines), panels.bias));
+        match (&mut self.lines, new_lines) {
+            (Lines::F32(old), Some(Lines::F32(new))) => splice(old, lines, at, removed, new),
+            (Lines::F16(old), Some(Lines::F16(new))) => splice(old, lines, at, removed, new),
+            (Lines::F32(old), None) => splice(old, lines, at, removed, Vec::new()),
+            (Lines::F16(old), None) => splice(old, lines, at, removed, Vec::new()),
+            (Lines::F32(_), Some(Lines::F16(_))) | (Lines::F16(_), Some(Lines::F32(_))) => {
+                unreachable!("a layer has one format")
+            }
+        }
+        if let Some(old) = &mut self.bias {
+            splice(old, panels, at, removed, new_bias.unwrap_or_default());
+        }
+    }
+
+    /// The matrix `[columns, depth]` of one expert, with the values that are stored.
+    pub fn unpack(&self, expert: usize) -> Vec<f32> {
+        let mut rows = vec![0.0; self.columns * self.depth];
+        let mut decoded = vec![Line::zeroed(); self.depth];
+        for (panel, rows) in rows.chunks_mut(WIDTH * self.depth).enumerate() {
+            let lines = self.lines(expert, panel, 0, &mut decoded);
+            for (j, row) in rows.chunks_exact_mut(self.depth).enumerate() {
+                row.iter_mut().zip(lines).for_each(|(value, line)| *value = line.0[j]);
+            }
+        }
+        rows
     }
 
     /// Panels of one expert.

@@ -243,8 +243,13 @@ impl MoeConfig {
         self.routing.may_drop() || self.extras.special_experts > 0
     }
 
-    /// The same layer with another number of experts.
+    /// The same layer with another number of experts. Not where choices come from a table of expert ids, which would
+    /// then mean others.
     pub(crate) fn with_num_experts(&self, num_experts: u32) -> Result<Self> {
+        if let Selection::TokenTable { .. } = self.routing.selection {
+            let expected = "choices that follow from logits, as the token table's ids would no longer fit the experts";
+            return Err(Error::config("selection", "token_table", expected));
+        }
         let top_k = if self.routing.is_dense() { num_experts } else { self.top_k };
         Self::new(self.hidden_size, self.intermediate_size, num_experts, top_k, self.routing, self.activation)?
             .with_extras(self.extras.clone())

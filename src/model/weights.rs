@@ -113,13 +113,9 @@ pub struct ExtraWeights {
 impl MoeWeights {
     /// Each tensor that is there with its name and the shape that `config` gives it.
     pub fn tensors(&self, config: &MoeConfig) -> Vec<(&'static str, &[f32], Vec<usize>)> {
-        let [h, i, e, d] = [
-            config.hidden_size(),
-            config.intermediate_size(),
-            config.num_experts(),
-            config.expert_size(),
-        ]
-        .map(|n| n as usize);
+        let [h, i, e, d] =
+            [config.hidden_size(), config.intermediate_size(), config.num_experts(), config.expert_size()]
+                .map(|n| n as usize);
         let weighted = config.num_weighted_experts() as usize;
         let x = &self.extras;
         let mut tensors = vec![("router", self.router.as_slice(), vec![e, h])];
@@ -178,13 +174,8 @@ impl MoeWeights {
                 });
             }
             check_finite(tensor, values)?;
-            let is_expert = tensor.ends_with("_proj");
-            if is_expert
-                && format == WeightFormat::F16
-                && let Some(index) = values.iter().position(|&w| !format.round(w).is_finite())
-            {
-                let (tensor, value) = (tensor.to_owned(), values[index]);
-                return Err(Error::NotRepresentable { tensor, index, value, format: format.name() });
+            if tensor.ends_with("_proj") {
+                check_representable(tensor, values, format)?;
             }
         }
         if let (Some(table), Some(vocab)) = (&self.extras.token_table, config.vocab_size()) {
@@ -226,7 +217,9 @@ impl MoeWeights {
         ] {
             match (there, needed) {
                 (false, true) => return Err(Error::config(tensor, "missing", "there, as the configuration needs it")),
-                (true, false) => return Err(Error::config(tensor, "there", "none, as the configuration has no use for it")),
+                (true, false) => {
+                    return Err(Error::config(tensor, "there", "none, as the configuration has no use for it"));
+                }
                 _ => {}
             }
         }
@@ -240,6 +233,78 @@ impl MoeWeights {
             return Err(Error::config("selection_bias", "there", "none: the choices do not depend on ranks"));
         }
         Ok(())
+    }
+
+    /// Puts an expert in at index `at`, before those without weights, and returns the configuration that now fits.
+    /// Nothing changes on an error.
+    ///
+    /// Its row of `router_noise`, where there is one, is zeros.
+    pub fn insert_expert(&mut self, config: &MoeConfig, at: u32, expert: &ExpertWeights) -> Result<MoeConfig> {
+        let weighted = config.num_weighted_experts();
+        if at > weighted {
+            return Err(Error::config("at", at, format!("at most {weighted}: experts without weights are the last")));
+        }
+        let grown = config.with_num_experts(config.num_experts() + 1)?;
+        self.validate(config, WeightFormat::F32)?;
+        expert.validate(config)?;
+        expert.check_optional(&self.optional_tensors())?;
+        self.splice(config, at as usize, 0, Some(expert));
+        Ok(grown)
+    }
+
+    /// Takes an expert out, whose id the next one gets, and returns the configuration that now fits. Nothing changes on
+    /// an error.
+    pub fn remove_expert(&mut self, config: &MoeConfig, id: u32) -> Result<MoeConfig> {
+        check_expert_id(config, id)?;
+        let shrunk = config.with_num_experts(config.num_experts() - 1)?;
+        self.validate(config, WeightFormat::F32)?;
+        self.splice(config, id as usize, 1, None);
+        Ok(shrunk)
+    }
+
+    /// `removed` experts at `at` make place for the inserted one.
+    fn splice(&mut self, config: &MoeConfig, at: usize, removed: usize, inserted: Option<&ExpertWeights>) {
+        let [h, i, d] = [config.hidden_size(), config.intermediate_size(), config.expert_size()].map(|n| n as usize);
+        let none = ExpertWeights::default();
+        let new = inserted.unwrap_or(&none);
+        let extras = &mut self.extras;
+        let mut projections =
+            vec![(&mut self.up_proj, i * d, &new.up_proj[..]), (&mut self.down_proj, i * d, &new.down_proj[..])];
+        if config.activation().is_gated() {
+            projections.push((&mut self.gate_proj, i * d, &new.gate_proj));
+        }
+        projections.push((&mut self.router, h, &new.router_row));
+        for (values, size, row) in projections {
+            splice_row(values, size, at, removed, row);
+        }
+        let scalar = |of: fn(&ExpertWeights) -> f32| inserted.map(of).into_iter().collect::<Vec<f32>>();
+        let no_noise = vec![0.0; if inserted.is_some() { h } else { 0 }];
+        let row = |bias: &Option<Vec<f32>>| bias.clone().unwrap_or_default();
+        for (values, size, row) in [
+            (&mut self.router_bias, 1, scalar(|expert| expert.router_bias)),
+            (&mut extras.selection_bias, 1, scalar(|expert| expert.selection_bias)),
+            (&mut extras.per_expert_scale, 1, scalar(|expert| expert.per_expert_scale)),
+            (&mut extras.router_noise, h, no_noise),
+            (&mut extras.gate_bias, i, row(&new.gate_bias)),
+            (&mut extras.up_bias, i, row(&new.up_bias)),
+            (&mut extras.down_bias, d, row(&new.down_bias)),
+        ] {
+            if let Some(values) = values {
+                splice_row(values, size, at, removed, &row);
+            }
+        }
+    }
+
+    fn optional_tensors(&self) -> OptionalTensors {
+        let extras = &self.extras;
+        OptionalTensors {
+            router_bias: self.router_bias.is_some(),
+            selection_bias: extras.selection_bias.is_some(),
+            per_expert_scale: extras.per_expert_scale.is_some(),
+            gate_bias: extras.gate_bias.is_some(),
+            up_bias: extras.up_bias.is_some(),
+            down_bias: extras.down_bias.is_some(),
+        }
     }
 
     /// The same weights as `format` will hold them: the input of the reference for a device with this storage.
@@ -267,5 +332,144 @@ pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
         Some(index) => Err(Error::NonFinite { tensor: tensor.to_owned(), index, value: values[index] }),
+    }
+}
+
+fn check_representable(tensor: &str, values: &[f32], format: WeightFormat) -> Result<()> {
+    if format == WeightFormat::F16
+        && let Some(index) = values.iter().position(|&w| !format.round(w).is_finite())
+    {
+        let (tensor, value) = (tensor.to_owned(), values[index]);
+        return Err(Error::NotRepresentable { tensor, index, value, format: format.name() });
+    }
+    Ok(())
+}
+
+/// The id of an expert that has weights.
+pub(crate) fn check_expert_id(config: &MoeConfig, id: u32) -> Result<()> {
+    let weighted = config.num_weighted_experts();
+    let expected = || format!("an expert with weights, 0 to {}", weighted - 1);
+    if id < weighted { Ok(()) } else { Err(Error::config("id", id, expected())) }
+}
+
+/// `removed` rows of this size at `at` make place for `inserted`.
+pub(crate) fn splice_row(values: &mut Vec<f32>, size: usize, at: usize, removed: usize, inserted: &[f32]) {
+    values.splice(at * size..(at + removed) * size, inserted.iter().copied());
+}
+
+/// One expert with its part of the router, for a layer whose experts come and go. Shapes as in [`MoeWeights`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertWeights {
+    /// `[intermediate_size, expert_size]`; empty where the activation has no gate.
+    pub gate_proj: Vec<f32>,
+    /// `[intermediate_size, expert_size]`
+    pub up_proj: Vec<f32>,
+    /// `[expert_size, intermediate_size]`
+    pub down_proj: Vec<f32>,
+    /// `[intermediate_size]`, there exactly when the layer's experts have it, as the other two.
+    pub gate_bias: Option<Vec<f32>>,
+    /// `[intermediate_size]`
+    pub up_bias: Option<Vec<f32>>,
+    /// `[expert_size]`
+    pub down_bias: Option<Vec<f32>>,
+    /// `[hidden_size]`
+    pub router_row: Vec<f32>,
+    /// 0 where the layer's router has no bias.
+    pub router_bias: f32,
+    /// 0 where the layer has none.
+    pub selection_bias: f32,
+    /// 1 where the layer has none.
+    pub per_expert_scale: f32,
+}
+
+impl Default for ExpertWeights {
+    /// Empty tensors, no bias, scale 1.
+    fn default() -> Self {
+        Self {
+            gate_proj: Vec::new(),
+            up_proj: Vec::new(),
+            down_proj: Vec::new(),
+            gate_bias: None,
+            up_bias: None,
+            down_bias: None,
+            router_row: Vec::new(),
+            router_bias: 0.0,
+            selection_bias: 0.0,
+            per_expert_scale: 1.0,
+        }
+    }
+}
+
+/// Which of the tensors that an expert may have a part of a layer has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OptionalTensors {
+    pub router_bias: bool,
+    pub selection_bias: bool,
+    pub per_expert_scale: bool,
+    pub gate_bias: bool,
+    pub up_bias: bool,
+    pub down_bias: bool,
+}
+
+impl ExpertWeights {
+    /// Lengths fit `config`, and every value is finite.
+    pub fn validate(&self, config: &MoeConfig) -> Result<()> {
+        let [h, i, d] = [config.hidden_size(), config.intermediate_size(), config.expert_size()].map(|n| n as usize);
+        let gated = config.activation().is_gated();
+        if !gated && (!self.gate_proj.is_empty() || self.gate_bias.is_some()) {
+            return Err(Error::config("gate_proj", "there", "none: the activation has no gate"));
+        }
+        let gate_shape = if gated { vec![i, d] } else { vec![0] };
+        let matrices = [
+            ("gate_proj", &self.gate_proj, gate_shape),
+            ("up_proj", &self.up_proj, vec![i, d]),
+            ("down_proj", &self.down_proj, vec![d, i]),
+            ("router_row", &self.router_row, vec![h]),
+        ];
+        let biases =
+            [("gate_bias", &self.gate_bias, i), ("up_bias", &self.up_bias, i), ("down_bias", &self.down_bias, d)];
+        let biases = biases.into_iter().filter_map(|(tensor, bias, size)| Some((tensor, bias.as_ref()?, vec![size])));
+        for (tensor, values, shape) in matrices.into_iter().chain(biases) {
+            let (expected, found) = (shape.iter().product(), values.len());
+            if found != expected {
+                return Err(Error::LengthMismatch { tensor, shape: format!("{shape:?}"), expected, found });
+            }
+            check_finite(tensor, values)?;
+        }
+        check_finite("router_bias", &[self.router_bias])?;
+        check_finite("selection_bias", &[self.selection_bias])?;
+        check_finite("per_expert_scale", &[self.per_expert_scale])
+    }
+
+    /// `format` can hold the matrices.
+    pub(crate) fn check_format(&self, format: WeightFormat) -> Result<()> {
+        check_representable("gate_proj", &self.gate_proj, format)?;
+        check_representable("up_proj", &self.up_proj, format)?;
+        check_representable("down_proj", &self.down_proj, format)
+    }
+
+    /// It has what the layer's other experts have, and nothing that would be left out in silence.
+    pub(crate) fn check_optional(&self, there: &OptionalTensors) -> Result<()> {
+        for (field, value, neutral, there) in [
+            ("router_bias", self.router_bias, 0.0, there.router_bias),
+            ("selection_bias", self.selection_bias, 0.0, there.selection_bias),
+            ("per_expert_scale", self.per_expert_scale, 1.0, there.per_expert_scale),
+        ] {
+            if value != neutral && !there {
+                return Err(Error::config(field, value, format!("{neutral}, as the layer has no such tensor")));
+            }
+        }
+        for (field, bias, there) in [
+            ("gate_bias", &self.gate_bias, there.gate_bias),
+            ("up_bias", &self.up_bias, there.up_bias),
+            ("down_bias", &self.down_bias, there.down_bias),
+        ] {
+            match (bias.is_some(), there) {
+                (true, false) => return Err(Error::config(field, "there", "none, as the layer's other experts")),
+                (false, true) => return Err(Error::config(field, "missing", "there, as in the layer's other experts")),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }

@@ -58,7 +58,8 @@ pub fn moe_forward<'a>(config: &MoeConfig, weights: &MoeWeights, batch: impl Int
         Front::Assignments { experts, weights: given } => {
             let ids: Vec<u32> = experts.iter().map(|&e| u32::try_from(e).unwrap_or(DROPPED)).collect();
             let mut router = router::route_with(config, weights, logits, Some(&ids), &seen);
-            router.topk_weights = exact(given);
+            // Final: no weight of ours, and no second choice left to chance.
+            (router.topk_experts, router.topk_weights) = (ids, exact(given));
             return forward_with_routing(config, weights, batch.x, router);
         }
     };

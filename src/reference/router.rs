@@ -115,7 +115,10 @@ pub fn route_with(
         let scores = scores(routing.scores, row);
         let own = || match routing.selection {
             Selection::TopK | Selection::Sparsemixer { .. } => {
-                let by_logits = routing.rank_by == RankBy::Logits || routing.scores == Scores::SoftmaxSelected;
+                // No score falls where its logit rises: alone they rank alike, but scores saturate and logits do not.
+                let masks = routing.groups.is_some_and(|groups| groups.keep < groups.num_groups);
+                let alone = weights.extras.selection_bias.is_none() && !masks;
+                let by_logits = alone || routing.rank_by == RankBy::Logits || routing.scores == Scores::SoftmaxSelected;
                 let mut ranks = if by_logits { row.to_vec() } else { scores.clone() };
                 if let Some(bias) = &weights.extras.selection_bias {
                     ranks.iter_mut().zip(bias).for_each(|(rank, &bias)| *rank += f64::from(bias));
@@ -163,7 +166,8 @@ fn weigh(
         (_, Scores::SoftmaxSelected) => {
             let selected: Vec<f64> =
                 chosen.iter().map(|&e| logits.get(e as usize).copied().unwrap_or(f64::NEG_INFINITY)).collect();
-            softmax(&selected)
+            // Nobody chosen, or only masked experts: no weight at all.
+            softmax(&selected).into_iter().map(|w| if w.is_nan() { 0.0 } else { w }).collect()
         }
         _ => chosen.iter().map(|&e| scores.get(e as usize).copied().unwrap_or(0.0)).collect(),
     };
@@ -202,7 +206,7 @@ fn weigh(
     result.shared_weights.extend(shared);
 }
 
-/// What weights are divided by; 1 if that were 0, so that weights which are all zero stay so.
+/// What weights are divided by: 1 if they are all zero, which they then stay.
 pub(super) fn norm<'a>(by: Renormalize, weights: impl Iterator<Item = &'a f64>) -> f64 {
     let p = f64::from(by.p);
     let sum: f64 = weights.map(|w| w.abs().powf(p)).sum();
@@ -213,7 +217,7 @@ pub(super) fn norm<'a>(by: Renormalize, weights: impl Iterator<Item = &'a f64>) 
 /// Choice j is weighted by a softmax over the experts that are left and close to it.
 fn sparsemixer_weights(logits: &[f64], chosen: &[u32], jitter: f64) -> Vec<f64> {
     let weight = |j: usize| {
-        let Some(&s) = logits.get(chosen[j] as usize) else { return 0.0 };
+        let Some(&s) = logits.get(chosen[j] as usize).filter(|s| **s > f64::NEG_INFINITY) else { return 0.0 };
         let close = |l: f64| !((s - l) / l.abs().max(s) > 2.0 * jitter);
         let left = (0..logits.len()).filter(|e| !chosen[..j].contains(&(*e as u32)));
         let total: f64 = left.map(|e| logits[e]).filter(|&l| close(l)).map(|l| (l - s).exp()).sum();
