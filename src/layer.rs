@@ -4,15 +4,15 @@ use crate::context::{Context, Engine};
 use crate::cpu::{self, CpuLayer};
 use crate::error::{Error, Result};
 use crate::gpu::context::lock;
-use crate::gpu::layer::{GpuLayer, RecordedFront, Recording};
+use crate::gpu::layer::{Edit, GpuLayer, RecordedFront, Recording};
 use crate::gpu::{Buffer, CommandEncoder, PassStats, StageTime};
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
 use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::statistics::Statistics;
-use crate::model::weights::{MoeWeights, WeightFormat};
-use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, OptionalTensors, Plan};
+use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors, WeightFormat};
+use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -258,6 +258,50 @@ impl MoeLayer {
                 hint: "call forward".to_owned(),
             }),
         }
+    }
+
+    /// Adds an expert after the others that have weights, and returns its id; experts without weights move up by one.
+    /// The others stay as they are, on the device, and the kernels too: results of tokens whose choices and weights do
+    /// not depend on the new expert keep their bits. What a softmax over all experts says of the others does depend on
+    /// it, unless it is divided by its sum over the chosen ones.
+    ///
+    /// # Errors
+    /// Tensors that do not fit; a layer that cannot have one more: token tables, groups that would no longer divide, the
+    /// most experts. Nothing changes then.
+    pub fn add_expert(&mut self, expert: &ExpertWeights) -> Result<u32> {
+        let id = self.config.num_weighted_experts();
+        self.edit(Edit::Add(expert))?;
+        Ok(id)
+    }
+
+    /// Takes an expert out; those after it move down by one. As for [`MoeLayer::add_expert`], the others stay.
+    pub fn remove_expert(&mut self, id: u32) -> Result<()> {
+        self.edit(Edit::Remove(id))
+    }
+
+    /// Puts another expert in the place of this one.
+    pub fn replace_expert(&mut self, id: u32, expert: &ExpertWeights) -> Result<()> {
+        self.edit(Edit::Replace(id, expert))
+    }
+
+    fn edit(&mut self, edit: Edit<'_>) -> Result<()> {
+        match &mut self.engine {
+            LayerEngine::Gpu(layer) => {
+                let result = pollster::block_on(layer.edit(edit));
+                layer.gpu().explain(result)?;
+                self.config = layer.plan().config().clone();
+            }
+            LayerEngine::Cpu(cpu) => {
+                match edit {
+                    Edit::Add(expert) => cpu.layer.add_expert(expert).map(drop),
+                    Edit::Remove(id) => cpu.layer.remove_expert(id),
+                    Edit::Replace(id, expert) => cpu.layer.replace_expert(id, expert),
+                }?;
+                self.config = cpu.layer.config().clone();
+                *lock(&cpu.last) = CpuLast::default();
+            }
+        }
+        Ok(())
     }
 
     /// How evenly the last forward, or the last recorded pass once it was submitted, used its experts: load-balancing

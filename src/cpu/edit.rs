@@ -81,6 +81,7 @@ impl CpuLayer {
             gate_bias: first_bias && self.config.activation().is_gated(),
             up_bias: first_bias,
             down_bias: self.experts.down.has_bias(),
+            output_bias: false, // not about experts
         })?;
         let tensors = Tensors {
             activation: self.config.activation(),

@@ -7,13 +7,16 @@ use super::weights::DeviceWeights;
 use crate::error::{Error, Result};
 use crate::kernels::router::FrontKind;
 use crate::model::routing::RoutingDecision;
-use crate::model::weights::MoeWeights;
+use crate::model::weights::{MoeWeights, OptionalTensors};
 use crate::plan::{LayerPlan, PassKind, Plan};
 use async_lock::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+mod edit;
 mod host;
+
+pub(crate) use edit::Edit;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
 const MAX_PASSES: usize = 64;
@@ -29,6 +32,7 @@ pub(crate) struct GpuLayer {
     gpu: Gpu,
     plan: LayerPlan,
     weights: DeviceWeights,
+    tensors: OptionalTensors,
     state: Mutex<State>,
 }
 
@@ -86,8 +90,9 @@ struct Bound {
 impl GpuLayer {
     pub(crate) async fn new(gpu: &Gpu, plan: LayerPlan, weights: &MoeWeights) -> Result<Self> {
         let gpu = gpu.counting();
+        let tensors = OptionalTensors::of(weights);
         let weights = DeviceWeights::upload(&gpu, &plan, weights).await?;
-        Ok(Self { gpu, plan, weights, state: Mutex::new(State::default()) })
+        Ok(Self { gpu, plan, weights, tensors, state: Mutex::new(State::default()) })
     }
 
     pub(crate) fn gpu(&self) -> &Gpu {

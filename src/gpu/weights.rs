@@ -60,7 +60,7 @@ pub(super) struct PackedRows<'a> {
 }
 
 impl<'a> PackedRows<'a> {
-    fn of(name: &str, c: &MoeConfig, weights: &'a MoeWeights) -> Self {
+    pub(super) fn of(name: &str, c: &MoeConfig, weights: &'a MoeWeights) -> Self {
         let [h, i, d] = [c.hidden_size(), c.intermediate_size(), c.expert_size()].map(|n| n as usize);
         let s = c.extras().shared.map_or(0, |shared| shared.intermediate_size) as usize;
         let x = &weights.extras;
@@ -158,7 +158,7 @@ pub(super) fn gate_up_bias(c: &MoeConfig, gate: Option<&[f32]>, up: &[f32]) -> V
 }
 
 /// Fills one page: `row(expert, column)` is the f32 row to pack, `None` for padding.
-async fn upload_page<'w>(
+pub(super) async fn upload_page<'w>(
     gpu: &Gpu,
     label: &str,
     format: WeightFormat,

@@ -247,7 +247,7 @@ impl MoeWeights {
         let grown = config.with_num_experts(config.num_experts() + 1)?;
         self.validate(config, WeightFormat::F32)?;
         expert.validate(config)?;
-        expert.check_optional(&self.optional_tensors())?;
+        expert.check_optional(&OptionalTensors::of(self))?;
         self.splice(config, at as usize, 0, Some(expert));
         Ok(grown)
     }
@@ -292,18 +292,6 @@ impl MoeWeights {
             if let Some(values) = values {
                 splice_row(values, size, at, removed, &row);
             }
-        }
-    }
-
-    fn optional_tensors(&self) -> OptionalTensors {
-        let extras = &self.extras;
-        OptionalTensors {
-            router_bias: self.router_bias.is_some(),
-            selection_bias: extras.selection_bias.is_some(),
-            per_expert_scale: extras.per_expert_scale.is_some(),
-            gate_bias: extras.gate_bias.is_some(),
-            up_bias: extras.up_bias.is_some(),
-            down_bias: extras.down_bias.is_some(),
         }
     }
 
@@ -353,7 +341,7 @@ pub(crate) fn check_expert_id(config: &MoeConfig, id: u32) -> Result<()> {
 }
 
 /// `removed` rows of this size at `at` make place for `inserted`.
-pub(crate) fn splice_row(values: &mut Vec<f32>, size: usize, at: usize, removed: usize, inserted: &[f32]) {
+pub(crate) fn splice_row<T: Copy>(values: &mut Vec<T>, size: usize, at: usize, removed: usize, inserted: &[T]) {
     values.splice(at * size..(at + removed) * size, inserted.iter().copied());
 }
 
@@ -400,15 +388,39 @@ impl Default for ExpertWeights {
     }
 }
 
-/// Which of the tensors that an expert may have a part of a layer has.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct OptionalTensors {
+/// Which of the tensors that a layer may or may not have are there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct OptionalTensors {
+    /// Added to logits.
     pub router_bias: bool,
+    /// Added to ranks.
     pub selection_bias: bool,
+    /// Factor of weights.
     pub per_expert_scale: bool,
+    /// Of the gate projections.
     pub gate_bias: bool,
+    /// Of the up projections.
     pub up_bias: bool,
+    /// Of the down projections.
     pub down_bias: bool,
+    /// Of the layer.
+    pub output_bias: bool,
+}
+
+impl OptionalTensors {
+    /// Those that are there.
+    pub fn of(weights: &MoeWeights) -> Self {
+        let extras = &weights.extras;
+        Self {
+            router_bias: weights.router_bias.is_some(),
+            selection_bias: extras.selection_bias.is_some(),
+            per_expert_scale: extras.per_expert_scale.is_some(),
+            gate_bias: extras.gate_bias.is_some(),
+            up_bias: extras.up_bias.is_some(),
+            down_bias: extras.down_bias.is_some(),
+            output_bias: extras.output_bias.is_some(),
+        }
+    }
 }
 
 impl ExpertWeights {

@@ -16,7 +16,7 @@ use crate::kernels::router::FrontKind;
 use crate::kernels::{Kernel, permute, router};
 use crate::model::activation::Activation;
 use crate::model::config::{MoeConfig, Norm, SharedGate};
-use crate::model::weights::{MoeWeights, WeightFormat};
+use crate::model::weights::{OptionalTensors, WeightFormat};
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
@@ -44,32 +44,6 @@ pub struct LayerPlan {
     nominal_experts: u32,
     matrices: Vec<Matrix>,
     max_tokens: u32,
-}
-
-/// Which of the tensors that a layer may or may not have are there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct OptionalTensors {
-    /// Added to ranks.
-    pub selection_bias: bool,
-    /// Of the first projections.
-    pub gate_up_bias: bool,
-    /// Of the second projections.
-    pub down_bias: bool,
-    /// Of the layer.
-    pub output_bias: bool,
-}
-
-impl OptionalTensors {
-    /// Those that are there.
-    pub fn of(weights: &MoeWeights) -> Self {
-        let extras = &weights.extras;
-        Self {
-            selection_bias: extras.selection_bias.is_some(),
-            gate_up_bias: extras.up_bias.is_some(),
-            down_bias: extras.down_bias.is_some(),
-            output_bias: extras.output_bias.is_some(),
-        }
-    }
 }
 
 /// A packed matrix of each of some experts, in pages.

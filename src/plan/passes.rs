@@ -287,7 +287,7 @@ impl Builder<'_> {
         let (extras, tensors) = (c.extras(), plan.tensors);
         let inner = pad4(c.intermediate_size());
         let input = Input::of_stride(expert_in.stride);
-        let epilogue = Epilogue { bias: tensors.gate_up_bias, weigh_input: c.routing().weigh_input };
+        let epilogue = Epilogue { bias: tensors.up_bias, weigh_input: c.routing().weigh_input };
         let kernel = gate_up::kernel(choice, Tiles::Routed, plan.format, c.activation(), epilogue, input);
         let first_columns = first_columns(c.activation(), c.intermediate_size());
         let product = Product {

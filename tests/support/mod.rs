@@ -1,7 +1,7 @@
 //! What the integration tests share: the device, values, comparisons, and the tests that the comparisons can fail.
 
 use std::io::Write;
-use wgmoe::{Activation, Context, DeviceChoice, MatmulVariant, MoeConfig, MoeWeights, Routing, Scores, wgpu};
+use wgmoe::{Activation, Context, DeviceChoice, MatmulVariant, MoeConfig, MoeWeights, Routing, wgpu};
 
 /// Every `got[i]` is within `bound(i)` of `want[i]`. Panics with the worst element, measured in bounds.
 #[allow(dead_code, reason = "not every test binary compares floats")]

@@ -444,7 +444,7 @@ impl GpuLayer {
     }
 
     /// The first `count` words of a buffer, after what `encoder` does.
-    async fn read_buffer(
+    pub(super) async fn read_buffer(
         &self,
         buffer: &wgpu::Buffer,
         mut encoder: wgpu::CommandEncoder,
