@@ -364,7 +364,8 @@ fn changed_configs(config: &MoeConfig) -> Vec<(&'static str, MoeConfig)> {
     extras("routed_scale", &|x| x.routed_scale = 1.0);
     extras("average", &|x| x.shared.iter_mut().for_each(|s| s.average = false));
     extras("shared gate", &|x| x.shared.iter_mut().for_each(|s| s.gate = SharedGate::Sigmoid));
-    let norms: [(_, fn(&mut LayerExtras) -> &mut Option<Norm>); 5] = [
+    type NormOf = fn(&mut LayerExtras) -> &mut Option<Norm>;
+    let norms: [(_, NormOf); 5] = [
         ("router_norm", |x| &mut x.router_norm),
         ("expert_norm", |x| &mut x.expert_norm),
         ("expert_out_norm", |x| &mut x.expert_out_norm),
@@ -759,6 +760,48 @@ fn experts_that_do_not_fit_are_refused() {
         layer.remove_expert(0).expect("two are left");
     }
     assert!(matches!(layer.remove_expert(0), Err(Error::InvalidConfig { field: "top_k", .. })));
+}
+
+#[test]
+fn stages_are_those_that_the_layer_has() {
+    let mut v = Values(61);
+    let config = MoeConfig::new(5, 3, 4, 2, Routing::softmax(true), Activation::SWIGLU).expect("the sizes are valid");
+    let norm = Some(Norm { epsilon: 1e-6, scale_first: false });
+    let shared = SharedExperts {
+        num: 2,
+        intermediate_size: 3,
+        activation: Activation::SWIGLU,
+        gate: SharedGate::None,
+        average: false,
+    };
+    let extras = LayerExtras {
+        latent_size: Some(4),
+        expert_norm: norm,
+        expert_out_norm: norm,
+        shared: Some(shared),
+        ..LayerExtras::default()
+    };
+    let all = [
+        "router",
+        "shared",
+        "latent_in",
+        "expert_norm",
+        "permute",
+        "gate_up",
+        "down",
+        "expert_out_norm",
+        "combine",
+        "latent_out",
+    ];
+    let plain = ["router", "permute", "gate_up", "down", "combine"];
+    let with = config.clone().with_extras(extras).expect("the surroundings fit");
+    for (config, expected) in [(config, &plain[..]), (with, &all[..])] {
+        let layer = CpuLayer::new(config.clone(), &random_weights(&config, &mut v), WeightFormat::F32);
+        let x = v.floats(15, 1.0);
+        let pass = layer.expect("the weights are valid").forward_profiled(&Batch::from(&x), &mut [0.0; 15]);
+        let names: Vec<&str> = pass.expect("the input is valid").1.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, expected);
+    }
 }
 
 /// Bits depend on nobody's threads, whatever the layer has.

@@ -175,7 +175,7 @@ fn router_rows(seed: u64, rows: usize, width: usize) -> Vec<f32> {
 mod tests {
     use super::*;
     use crate::reference;
-    use crate::{Activation, Routing, Scores, WeightFormat};
+    use crate::{Activation, Batch, Routing, WeightFormat};
 
     fn config(h: u32, i: u32, e: u32, k: u32) -> MoeConfig {
         let routing = Routing::softmax(true);
@@ -239,7 +239,7 @@ mod tests {
     fn logits_have_clear_gaps() {
         let workload = Workload::new(config(1024, 1, 32, 4), 0.0, 5).expect("small");
         let x = workload.input(256).expect("small");
-        let logits = reference::router::router_logits(&workload.config, &workload.weights.router, None, &x);
+        let logits = reference::router::router_logits(&workload.config, &workload.weights, &Batch::from(&x)).experts;
         for row in logits.chunks_exact(32) {
             let mut sorted = row.to_vec();
             sorted.sort_by(|a, b| b.total_cmp(a));

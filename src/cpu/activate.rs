@@ -3,78 +3,136 @@
 use super::experts::PAIRS;
 use super::panels::WIDTH;
 use crate::model::activation::{Activation, Form, Function};
-use pulp::Simd;
+use pulp::{NullaryFnOnce, Simd};
 
 /// `values = act(gate, up)` of a panel whose first half are gates and whose second half are ups, or, without a gate,
 /// whose columns are all ups. With a gate only the first half of `values` is written.
+///
+/// A function of its own, with this processor's instructions, so that the matmul around it compiles as if the
+/// activation were small. For the same reason nothing in this file is a closure that the compiler might not inline.
 #[inline(always)]
 pub(super) fn activate<S: Simd>(simd: S, activation: Activation, sums: &[f32; WIDTH], values: &mut [f32; WIDTH]) {
-    let (gates, ups) = sums.split_at(PAIRS);
-    let (gates, ups) = (S::as_simd_f32s(gates).0, S::as_simd_f32s(ups).0);
-    let inputs = S::as_simd_f32s(if activation.is_gated() { &sums[..PAIRS] } else { &sums[..] }).0;
-    let values = S::as_mut_simd_f32s(&mut values[..]).0;
-    let splat = |value| simd.splat_f32s(value);
-    let clamp = |v, limit| simd.max_f32s(simd.min_f32s(v, splat(limit)), splat(-limit));
-    match activation.form {
-        Form::Plain => apply(simd, activation.function, inputs, values),
-        Form::Gated => {
-            apply(simd, activation.function, inputs, values);
-            values.iter_mut().zip(ups).for_each(|(v, &up)| *v = simd.mul_f32s(*v, up));
+    simd.vectorize(Activate { simd, activation, sums, values });
+}
+
+struct Activate<'a, S> {
+    simd: S,
+    activation: Activation,
+    sums: &'a [f32; WIDTH],
+    values: &'a mut [f32; WIDTH],
+}
+
+impl<S: Simd> NullaryFnOnce for Activate<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Activate { simd, activation, sums, values } = self;
+        let (gates, ups) = sums.split_at(PAIRS);
+        let (gates, ups) = (S::as_simd_f32s(gates).0, S::as_simd_f32s(ups).0);
+        if !activation.is_gated() {
+            values.copy_from_slice(sums);
+            return apply(simd, activation.function, S::as_mut_simd_f32s(&mut values[..]).0);
         }
-        Form::Clamped { limit } => {
-            let mut clamped = [0.0; PAIRS];
-            let clamped = S::as_mut_simd_f32s(&mut clamped[..]).0;
-            clamped.iter_mut().zip(gates).for_each(|(to, &gate)| *to = simd.min_f32s(gate, splat(limit)));
-            apply(simd, activation.function, clamped, values);
-            values.iter_mut().zip(ups).for_each(|(v, &up)| *v = simd.mul_f32s(*v, clamp(up, limit)));
-        }
-        Form::ClampedAfter { limit } => {
-            apply(simd, activation.function, inputs, values);
-            for (v, &up) in values.iter_mut().zip(ups) {
-                *v = simd.mul_f32s(simd.min_f32s(*v, splat(limit)), clamp(up, limit));
+        values[..PAIRS].copy_from_slice(&sums[..PAIRS]);
+        let values = S::as_mut_simd_f32s(&mut values[..PAIRS]).0;
+        match activation.form {
+            Form::Plain => {}
+            Form::Gated => {
+                apply(simd, activation.function, values);
+                for (v, &up) in values.iter_mut().zip(ups) {
+                    *v = simd.mul_f32s(*v, up);
+                }
             }
-        }
-        Form::GptOss { limit, alpha } => {
-            for ((v, &gate), &up) in values.iter_mut().zip(gates).zip(ups) {
-                let gate = simd.min_f32s(gate, splat(limit));
-                let up = simd.add_f32s(clamp(up, limit), splat(1.0));
-                *v = simd.mul_f32s(times_sigmoid(simd, gate, simd.mul_f32s(splat(alpha), gate)), up);
+            Form::Clamped { limit } => {
+                for v in &mut *values {
+                    *v = simd.min_f32s(*v, simd.splat_f32s(limit));
+                }
+                apply(simd, activation.function, values);
+                for (v, &up) in values.iter_mut().zip(ups) {
+                    *v = simd.mul_f32s(*v, clamp(simd, up, limit));
+                }
             }
-        }
-        Form::SoftCapped { gate: gate_cap, up: up_cap } => {
-            let cap = |v, cap| simd.mul_f32s(splat(cap), tanh(simd, simd.div_f32s(v, splat(cap))));
-            for ((v, &gate), &up) in values.iter_mut().zip(gates).zip(ups) {
-                *v = simd.mul_f32s(times_sigmoid(simd, cap(gate, gate_cap), gate), cap(up, up_cap));
+            Form::ClampedAfter { limit } => {
+                apply(simd, activation.function, values);
+                for (v, &up) in values.iter_mut().zip(ups) {
+                    *v = simd.mul_f32s(simd.min_f32s(*v, simd.splat_f32s(limit)), clamp(simd, up, limit));
+                }
+            }
+            Form::GptOss { limit, alpha } => {
+                for ((v, &gate), &up) in values.iter_mut().zip(gates).zip(ups) {
+                    let gate = simd.min_f32s(gate, simd.splat_f32s(limit));
+                    let up = simd.add_f32s(clamp(simd, up, limit), simd.splat_f32s(1.0));
+                    let inner = simd.mul_f32s(simd.splat_f32s(alpha), gate);
+                    *v = simd.mul_f32s(times_sigmoid(simd, gate, inner), up);
+                }
+            }
+            Form::SoftCapped { gate: gate_cap, up: up_cap } => {
+                for ((v, &gate), &up) in values.iter_mut().zip(gates).zip(ups) {
+                    let capped = cap(simd, gate, gate_cap);
+                    *v = simd.mul_f32s(times_sigmoid(simd, capped, gate), cap(simd, up, up_cap));
+                }
             }
         }
     }
 }
 
-/// `values = f(inputs)`
 #[inline(always)]
-fn apply<S: Simd>(simd: S, function: Function, inputs: &[S::f32s], values: &mut [S::f32s]) {
-    let splat = |value| simd.splat_f32s(value);
+fn clamp<S: Simd>(simd: S, v: S::f32s, limit: f32) -> S::f32s {
+    simd.max_f32s(simd.min_f32s(v, simd.splat_f32s(limit)), simd.splat_f32s(-limit))
+}
+
+/// `cap * tanh(v / cap)`
+#[inline(always)]
+fn cap<S: Simd>(simd: S, v: S::f32s, cap: f32) -> S::f32s {
+    let cap = simd.splat_f32s(cap);
+    simd.mul_f32s(cap, tanh(simd, simd.div_f32s(v, cap)))
+}
+
+/// `values = f(values)`
+#[inline(always)]
+fn apply<S: Simd>(simd: S, function: Function, values: &mut [S::f32s]) {
     match function {
-        Function::Silu => map(inputs, values, |v| times_sigmoid(simd, v, v)),
-        Function::GeluQuick => map(inputs, values, |v| times_sigmoid(simd, v, simd.mul_f32s(splat(1.702), v))),
-        // (1 + tanh(u)) / 2 = sigmoid(2 u), here with 2 sqrt(2 / pi)
-        Function::GeluTanh => map(inputs, values, |v| {
-            let square = simd.mul_f32s(v, v);
-            let inner = simd.mul_f32s(v, simd.mul_add_f32s(square, splat(0.044715), splat(1.0)));
-            times_sigmoid(simd, v, simd.mul_f32s(splat(1.595_769_1), inner))
-        }),
-        Function::Gelu => map(inputs, values, |v| simd.mul_f32s(v, normal_cdf(simd, v))),
-        Function::Relu => map(inputs, values, |v| simd.max_f32s(v, splat(0.0))),
-        Function::Relu2 => map(inputs, values, |v| {
-            let v = simd.max_f32s(v, splat(0.0));
-            simd.mul_f32s(v, v)
-        }),
+        Function::Silu => {
+            for v in values {
+                *v = times_sigmoid(simd, *v, *v);
+            }
+        }
+        Function::GeluQuick => {
+            for v in values {
+                *v = times_sigmoid(simd, *v, simd.mul_f32s(simd.splat_f32s(1.702), *v));
+            }
+        }
+        Function::GeluTanh => {
+            for v in values {
+                *v = gelu_tanh(simd, *v);
+            }
+        }
+        Function::Gelu => {
+            for v in values {
+                *v = simd.mul_f32s(*v, normal_cdf(simd, *v));
+            }
+        }
+        Function::Relu => {
+            for v in values {
+                *v = simd.max_f32s(*v, simd.splat_f32s(0.0));
+            }
+        }
+        Function::Relu2 => {
+            for v in values {
+                let positive = simd.max_f32s(*v, simd.splat_f32s(0.0));
+                *v = simd.mul_f32s(positive, positive);
+            }
+        }
     }
 }
 
+/// `v * (1 + tanh(u)) / 2 = v * sigmoid(2 u)`, `2 u = 2 sqrt(2 / pi) (v + 0.044715 v^3)`
 #[inline(always)]
-fn map<V: Copy>(inputs: &[V], values: &mut [V], f: impl Fn(V) -> V) {
-    values.iter_mut().zip(inputs).for_each(|(value, &v)| *value = f(v));
+fn gelu_tanh<S: Simd>(simd: S, v: S::f32s) -> S::f32s {
+    let square = simd.mul_f32s(v, v);
+    let cubic = simd.mul_add_f32s(square, simd.splat_f32s(0.044715), simd.splat_f32s(1.0));
+    times_sigmoid(simd, v, simd.mul_f32s(simd.splat_f32s(1.595_769), simd.mul_f32s(v, cubic)))
 }
 
 /// `a / (1 + exp(-v))`
@@ -92,7 +150,7 @@ fn normal_cdf<S: Simd>(simd: S, v: S::f32s) -> S::f32s {
     const P: [f32; 9] = [
         -0.822_152_23,
         1.488_515_9,
-        -1.135_203_98,
+        -1.135_204,
         0.278_868_07,
         -0.186_288_06,
         0.096_784_18,
@@ -117,7 +175,7 @@ fn normal_cdf<S: Simd>(simd: S, v: S::f32s) -> S::f32s {
 #[inline(always)]
 fn tanh<S: Simd>(simd: S, v: S::f32s) -> S::f32s {
     // Near zero the quotient below would cancel: there a polynomial (Cephes, tanhf).
-    const P: [f32; 4] = [0.020_639_088, -0.053_739_715, 0.133_314_42, -0.333_332_82];
+    const P: [f32; 4] = [0.020_639_088, -0.053_739_715, 0.133_314_42, -0.333_332_8];
     let splat = |value| simd.splat_f32s(value);
     let size = simd.abs_f32s(v);
     let square = simd.mul_f32s(v, v);
@@ -174,8 +232,8 @@ mod tests {
     use super::*;
     use pulp::{Arch, WithSimd};
 
-    struct Activate<'a>(Activation, [f32; WIDTH], &'a mut [f32; WIDTH]);
-    impl WithSimd for Activate<'_> {
+    struct Run<'a>(Activation, [f32; WIDTH], &'a mut [f32; WIDTH]);
+    impl WithSimd for Run<'_> {
         type Output = ();
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) {
@@ -191,7 +249,7 @@ mod tests {
                 sums[..PAIRS].fill(gate);
             }
             let mut values = [f32::NAN; WIDTH];
-            simd.dispatch(Activate(activation, sums, &mut values));
+            simd.dispatch(Run(activation, sums, &mut values));
             let values = if activation.is_gated() { &values[..PAIRS] } else { &values[..] };
             assert!(values.iter().all(|v| v.to_bits() == values[0].to_bits()), "lanes differ at {gate}, {up}");
             values[0]

@@ -56,14 +56,13 @@ impl CpuLayer {
         self.router.logits = logits;
         self.router.noise = noise.or(self.router.noise.take());
         let router = &mut self.router;
-        let scalars: [(&mut Option<Vec<f32>>, fn(&ExpertWeights) -> f32); 3] = [
-            (&mut router.bias, |expert| expert.router_bias),
-            (&mut router.selection_bias, |expert| expert.selection_bias),
-            (&mut router.per_expert_scale, |expert| expert.per_expert_scale),
-        ];
-        for (values, of) in scalars {
+        for (values, new) in [
+            (&mut router.bias, inserted.map(|expert| expert.router_bias)),
+            (&mut router.selection_bias, inserted.map(|expert| expert.selection_bias)),
+            (&mut router.per_expert_scale, inserted.map(|expert| expert.per_expert_scale)),
+        ] {
             if let Some(values) = values {
-                splice_row(values, 1, at, removed, inserted.map(of).as_slice());
+                splice_row(values, 1, at, removed, new.as_slice());
             }
         }
         Ok(())

@@ -6,7 +6,8 @@
 //! **Bits.** Every element of every product is one chain of multiply-adds over ascending `k`, in one accumulator,
 //! whatever the number of rows beside it (`kernel`). So the same input gives the same bits, on any number of
 //! threads, and a token alone gives the bits it gives inside a batch. Processors with and without fused
-//! multiply-add may differ from each other.
+//! multiply-add may differ from each other. Where a layer makes tokens compete (capacity, expert choice) or noise goes
+//! by a token's place, only the first of these holds.
 //!
 //! This folder is the only one that may hold `unsafe`, each use with its reason.
 

@@ -393,9 +393,10 @@ fn softmax_over_chosen(logits: &[f32], chosen: &[u32], weights: &mut Vec<f64>) {
 fn sparsemixer_weights(logits: &[f32], chosen: &[u32], jitter: f64, weights: &mut Vec<f64>) {
     for (j, &e) in chosen.iter().enumerate() {
         let s = f64::from(logits[e as usize]);
-        let close = |l: f64| !((s - l) / l.abs().max(s) > 2.0 * jitter);
+        // NaN, where the quotient is 0 / 0 or infinite over infinite, is close.
+        let far = |l: f64| (s - l) / l.abs().max(s) > 2.0 * jitter;
         let left = (0..).zip(logits).filter(|(e, _)| !chosen[..j].contains(e)).map(|(_, &l)| f64::from(l));
-        let total: f64 = left.filter(|&l| close(l)).map(|l| (l - s).exp()).sum();
+        let total: f64 = left.filter(|&l| !far(l)).map(|l| (l - s).exp()).sum();
         // A masked expert weighs nothing.
         weights.push(if s == f64::NEG_INFINITY { 0.0 } else { 1.0 / total });
     }
