@@ -4,7 +4,7 @@ mod support;
 
 use wgmoe::bench::Workload;
 use wgmoe::reference::{self, router};
-use wgmoe::{Activation, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, Routing, Scores};
+use wgmoe::{Activation, Batch, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, Routing};
 
 /// A whole batch against the reference, which is given the device's own routing: near-ties may go either way, but the
 /// choice has to be a right one for the device's own logits.
@@ -23,7 +23,8 @@ fn check(num_tokens: u32, [hidden, intermediate, experts, top_k]: [u32; 4], skew
 
     let decision = layer.routing().expect("the routing");
     let logits = decision.router_logits.iter().map(|&l| f64::from(l)).collect();
-    let own = router::route(&config, logits);
+    let logits = router::Logits { experts: logits, shared: Vec::new() };
+    let own = router::route(&config, &workload.weights, logits, &Batch::from(&x));
     assert!(own.topk_experts == decision.topk_experts, "the choice is not the top-k of the device's own logits");
     assert_eq!(decision.tokens_per_expert.iter().sum::<u32>(), num_tokens * top_k);
     let expected = reference::forward_with_routing(&config, &workload.weights, &x, own).y;

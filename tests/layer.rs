@@ -3,11 +3,13 @@
 mod support;
 
 use support::{Values, assert_close, assert_same_bits, config, gpu_context, read_buffer, variants};
-use wgmoe::kernels::Stage;
-use wgmoe::reference::{self, Forward, router, router::top_k_indices};
+use wgmoe::kernels::params::Uniform;
+use wgmoe::plan::Dispatch;
+use wgmoe::reference::router::{self, Logits, top_k_indices};
+use wgmoe::reference::{self, Forward};
 use wgmoe::wgpu;
 use wgmoe::{
-    Context, Error, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights, RoutingDecision,
+    Batch, Context, Error, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights, RoutingDecision,
     WeightFormat,
 };
 
@@ -151,7 +153,7 @@ fn forward(layer: &MoeLayer, x: &[f32]) -> Vec<f32> {
 fn check_routing(name: &str, case: &Case, routing: &RoutingDecision) -> router::Router {
     let (config, weights, x) = (&case.config, &case.weights, &case.x);
     let [h, e, k] = [config.hidden_size(), config.num_experts(), config.top_k()].map(|n| n as usize);
-    let mut expected = router::router(config, &weights.router, weights.router_bias.as_deref(), x);
+    let mut expected = router::router(config, weights, &Batch::from(x));
     assert_eq!(routing.num_tokens, x.len() / h, "{name}");
 
     assert_close(&format!("{name}: logits"), &routing.router_logits, &expected.router_logits, |at| {
@@ -163,7 +165,12 @@ fn check_routing(name: &str, case: &Case, routing: &RoutingDecision) -> router::
     });
 
     let own_logits: Vec<f64> = routing.router_logits.iter().map(|&l| f64::from(l)).collect();
-    let own = router::route(config, own_logits.clone());
+    let own = router::route(
+        config,
+        weights,
+        Logits { experts: own_logits.clone(), shared: Vec::new() },
+        &Batch::from(x),
+    );
     for (t, (got, logits)) in routing.topk_experts.chunks_exact(k).zip(own_logits.chunks_exact(e)).enumerate() {
         let best: Vec<u32> = top_k_indices(logits, k).into_iter().map(|e| e as u32).collect();
         assert_eq!(got, best, "{name}: experts of token {t}");
@@ -186,7 +193,7 @@ fn check_routing(name: &str, case: &Case, routing: &RoutingDecision) -> router::
     expected.topk_experts = routing.topk_experts.clone();
     for (t, weights) in expected.topk_weights.chunks_exact_mut(k).enumerate() {
         let probs = |j: usize| expected.router_probs[t * e + routing.topk_experts[t * k + j] as usize];
-        let sum: f64 = if config.routing().renormalize { (0..k).map(probs).sum() } else { 1.0 };
+        let sum: f64 = if config.routing().renormalize.is_some() { (0..k).map(probs).sum() } else { 1.0 };
         for (j, weight) in weights.iter_mut().enumerate() {
             *weight = probs(j) / sum;
         }
@@ -348,13 +355,14 @@ fn pages_and_passes_change_no_bits() {
                 let options = LayerOptions { max_binding_bytes: Some(limit), ..whole.clone() };
                 let layer = build(&options);
                 let plan = layer.plan(1).expect("one token fits");
-                let params: Vec<_> = plan.dispatches.iter().filter_map(|d| d.matmul).map(|(p, _)| p).collect();
+                let matmul = |d: &Dispatch| if let Uniform::Matmul(params) = d.uniform { Some(params) } else { None };
+                let params: Vec<_> = plan.dispatches.iter().filter_map(matmul).collect();
                 most_pages = most_pages.max(params.len());
                 column_pages |= params.iter().any(|p| p.first_column > 0);
                 most_passes = most_passes.max(layer.num_passes(num_tokens));
                 // Tokens of a full pass, or a few less.
                 let plan = layer.plan(num_tokens / layer.num_passes(num_tokens) as u32).expect("a pass fits");
-                sliced |= plan.dispatches.iter().any(|d| d.kernel.stage == Stage::Combine && d.params.first_column > 0);
+                sliced |= plan.dispatches.iter().any(|d| matches!(d.uniform, Uniform::Moe(p) if p.first_column > 0));
                 assert_same_bits(&name, &forward(&layer, &x), &expected);
                 assert_eq!(layer.routing().expect("there was a pass"), routing, "{name}");
             }

@@ -7,13 +7,14 @@ use proptest::test_runner::Config;
 use std::collections::BTreeSet;
 use support::{Values, config};
 use wgmoe::kernels::matmul::VEC_ROWS;
+use wgmoe::kernels::params::Uniform;
 use wgmoe::kernels::{Stage, combine, router as router_kernel};
 use wgmoe::plan::pages::{WeightPage, weight_pages};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, grid, tile_slots};
 use wgmoe::reference::permute::{permute, tiles};
 use wgmoe::reference::router::top_k_indices;
 use wgmoe::reference::{moe_forward, router};
-use wgmoe::{Error, MatmulVariant, MoeConfig, WeightFormat};
+use wgmoe::{Batch, Error, MatmulVariant, MoeConfig, WeightFormat};
 
 /// The routing that needs the most tiles: one assignment for each expert, the rest on the last.
 fn most_tiles(assignments: u64, num_experts: u32, tile_m: u64) -> u64 {
@@ -117,18 +118,18 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 assert!(workgroups * u64::from(params.chunk_len) <= u64::from(u32::MAX));
             }
             Stage::Combine => {
+                let Uniform::Moe(uniform) = dispatch.uniform else { panic!("not the uniform of combine") };
                 // Each lane takes four elements.
                 assert!(
-                    workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(dispatch.params.hidden_stride)
+                    workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(uniform.hidden_stride)
                 );
-                assert_eq!(dispatch.params.first_column, combined, "slices follow each other");
-                combined += dispatch.params.hidden_stride;
+                assert_eq!(uniform.first_column, combined, "slices follow each other");
+                combined += uniform.hidden_stride;
                 assert!(tokens * u64::from(config.hidden_size()) <= u64::from(u32::MAX));
             }
             Stage::GateUp | Stage::Down => {
-                let (uniform, page) = dispatch.matmul.expect("it is a matmul");
-                let pages = if stage == Stage::Down { layer.down_pages() } else { layer.gate_up_pages() };
-                let page = pages[page];
+                let Uniform::Matmul(uniform) = dispatch.uniform else { panic!("not the uniform of a matmul") };
+                let page = layer.pages(dispatch.buffer("weights"))[dispatch.page];
                 assert_eq!([uniform.first_expert, uniform.end_expert], [page.first_expert, page.end_expert]);
                 assert_eq!(uniform.num_columns, page.num_columns);
                 assert!(uniform.begin_column < uniform.end_column && uniform.end_column <= page.num_columns);
@@ -267,8 +268,8 @@ proptest! {
         let (h, i) = (config.hidden_size(), config.intermediate_size());
         let row_bytes = |inputs: u32| u64::from(inputs.next_multiple_of(4)) * u64::from(format.bits()) / 8;
         let columns = 2 * i.next_multiple_of(4);
-        check_pages(plan.gate_up_pages(), config.num_experts(), columns, row_bytes(h), limit);
-        check_pages(plan.down_pages(), config.num_experts(), h.next_multiple_of(4), row_bytes(i), limit);
+        check_pages(plan.pages("gate_up_weights"), config.num_experts(), columns, row_bytes(h), limit);
+        check_pages(plan.pages("down_weights"), config.num_experts(), h.next_multiple_of(4), row_bytes(i), limit);
 
         let max_tokens = plan.max_tokens();
         prop_assert!(max_tokens > 0);
@@ -350,11 +351,11 @@ proptest! {
         let mut values = Values(seed);
         let weights = values.weights(&config);
         let x = values.floats(num_tokens * config.hidden_size() as usize);
-        let routing = router::router(&config, &weights.router, None, &x);
+        let routing = router::router(&config, &weights, &Batch::from(&x));
         let k = config.top_k() as usize;
         for (chosen, experts) in routing.topk_weights.chunks_exact(k).zip(routing.topk_experts.chunks_exact(k)) {
             let sum: f64 = chosen.iter().sum();
-            if config.routing().renormalize || config.top_k() == config.num_experts() {
+            if config.routing().renormalize.is_some() || config.top_k() == config.num_experts() {
                 prop_assert!((sum - 1.0).abs() < 1e-12, "{}", sum);
             } else {
                 prop_assert!(sum < 1.0 + 1e-12 && sum > 0.0);
@@ -436,6 +437,7 @@ proptest! {
             gate_proj: relabel(&weights.gate_proj, i * h),
             up_proj: relabel(&weights.up_proj, i * h),
             down_proj: relabel(&weights.down_proj, h * i),
+            ..wgmoe::MoeWeights::default()
         };
         let after = moe_forward(&config, &relabelled, &x);
         for (&now, &then) in after.router.topk_experts.iter().zip(&before.router.topk_experts) {

@@ -39,7 +39,7 @@ impl Cost {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, Routing, Scores};
+    use crate::{Activation, Routing};
 
     fn config() -> MoeConfig {
         let routing = Routing::softmax(true);

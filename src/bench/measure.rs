@@ -232,7 +232,7 @@ fn stage_results(layer: &MoeLayer, tokens: u32) -> Result<Vec<StageResult>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, DeviceChoice, Routing, Scores};
+    use crate::{Activation, DeviceChoice, Routing};
 
     fn workload() -> Workload {
         let routing = Routing::softmax(true);
