@@ -12,12 +12,14 @@ pub mod memory;
 pub mod presets;
 pub mod results;
 pub mod roofline;
+pub mod router;
 pub mod stats;
 pub mod verify;
 pub mod workload;
 
 pub use measure::{Bench, Outcome, Progress};
 pub use presets::Preset;
+pub use router::RouterTime;
 pub use results::{DeviceResult, Results, RooflineResult, Row, StageResult};
 pub use stats::Summary;
 pub use verify::Verification;

@@ -3,6 +3,7 @@
 use crate::DeviceInfo;
 use crate::error::{Error, Result};
 use crate::model::weights::WeightFormat;
+use crate::bench::router::RouterTime;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,9 @@ pub struct Results {
     pub rows: Vec<Row>,
     /// Batch sizes without a row, and why.
     pub failures: Vec<Failure>,
+    /// The router alone, if it was asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routers: Vec<RouterTime>,
 }
 
 /// The device.

@@ -23,7 +23,8 @@ Examples:
   wgmoe bench
   wgmoe bench --preset qwen3-30b-a3b --tokens 1,16,512
   wgmoe bench --hidden 2048 --intermediate 1024 --experts 64 --top-k 8 --weights f32
-  wgmoe bench --skew 1.2 --device cpu --json results.json";
+  wgmoe bench --skew 1.2 --device cpu --json results.json
+  wgmoe bench --router";
 
 /// Time a layer and each of its stages, after checking the result
 #[derive(clap::Args, Debug)]
@@ -59,6 +60,9 @@ pub struct Args {
     /// Exponent of the Zipf distribution of tokens over experts; 0 is even
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     skew: f64,
+    /// Time the router alone instead, at 128 to 896 experts and 512 tokens
+    #[arg(long, conflicts_with_all = ["preset", "hidden", "intermediate", "experts", "top_k", "tokens", "skew"])]
+    router: bool,
     /// Seed of weights and inputs
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -109,7 +113,17 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         }),
         rows: Vec::new(),
         failures: Vec::new(),
+        routers: Vec::new(),
     };
+    if args.router {
+        status.set("timing routers");
+        let rate = results.roofline.as_ref().and_then(|r| r.bandwidths.first()).map_or(f64::NAN, |&(_, rate)| rate);
+        results.routers = wgmoe::bench::router::router_times(&context, rate)?;
+        drop(status);
+        output.line(&bench_table::routers(&results.routers));
+        output.json(&results)?;
+        return Ok(Verdict::Right);
+    }
     for job in &jobs {
         let config = job.preset.config().map_err(|error| unusable(error.to_string()))?;
         let title = job.title(&config, args);

@@ -2,6 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
 use wgmoe::Roofline;
+use wgmoe::bench::RouterTime;
 use wgmoe::bench::results::{Failure, Row, StageResult};
 
 /// A table of numbers: one line each, the first column to the left.
@@ -33,6 +34,26 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
     }
     text
+}
+
+/// The router alone.
+pub fn routers(times: &[RouterTime]) -> String {
+    let mut table =
+        plain_table(&["router", "experts", "tokens", "time", "selection", "reading logits", "x reading", "selection x"]);
+    for time in times {
+        let ratio = |s: f64| format!("{:.0}", s / time.read_s);
+        table.add_row([
+            time.routing.clone(),
+            time.num_experts.to_string(),
+            time.tokens.to_string(),
+            seconds(time.router_s),
+            time.selection_s.map_or("-".to_owned(), seconds),
+            seconds(time.read_s),
+            ratio(time.router_s),
+            time.selection_s.map_or("-".to_owned(), ratio),
+        ]);
+    }
+    format!("\nthe router alone: 1024 inputs, top 8; times beside that of reading the logits once\n{table}\n")
 }
 
 fn batches(rows: &[Row]) -> Table {
