@@ -1,8 +1,10 @@
-//! Every kernel variant against its reference, one stage at a time.
+//! Every kernel variant against its reference, one stage at a time, and whole layers of every kind.
 //!
 //! Each stage gets what the reference made of the stage before it, so that a failure names its stage. Outputs are
 //! poisoned before the run and have guards on both sides. Movement is compared exactly, arithmetic against the error
 //! bound of an f32 sum (docs/numerics.md).
+
+mod layers;
 
 use crate::bench::workload::Workload;
 use crate::context::{Context, Engine};
@@ -59,7 +61,8 @@ const SHAPES: &[(u32, u32, u32, u32, u32, f64)] = &[
 
 /// Runs every check that the context's device can run. `progress(done, total, kernel)` is called before each.
 pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<KernelCheck>> {
-    let total = SHAPES.len() * WeightFormat::ALL.len();
+    let shapes = SHAPES.len() * WeightFormat::ALL.len();
+    let total = shapes + layers::count();
     let mut checks = Vec::new();
     for (index, &(tokens, hidden, intermediate, experts, top_k, skew)) in SHAPES.iter().enumerate() {
         let routing = Routing::softmax(index % 2 == 0);
@@ -79,6 +82,11 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
             }
         }
     }
+    let mut done = shapes;
+    checks.extend(layers::check(context, |layer| {
+        progress(done, total, layer);
+        done += 1;
+    })?);
     progress(total, total, "");
     Ok(checks)
 }
