@@ -4,7 +4,7 @@
 fn adjust_logits(at: Place) {
     let size = params.num_experts / params.num_groups;
     if at.is_token {
-        for (var g = at.own; g < params.num_groups; g += at.lanes) {
+        for (var g = at.own; g < params.num_groups; g += WG_SIZE / TOKENS) {
             let first = at.row + g * size;
             var max = router_logits[first];
             for (var i = 1u; i < size; i++) {

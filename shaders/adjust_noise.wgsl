@@ -3,7 +3,7 @@
 
 fn adjust_logits(at: Place) {
     if at.is_token {
-        for (var e = at.own; e < params.num_experts; e += at.lanes) {
+        for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
             let width = softplus(router_logits[other_logit(at.token, params.num_rows - params.num_experts + e)]);
             router_logits[at.row + e] += width * normal_noise(params.noise_key, params.first_token + at.token, e);
         }

@@ -148,7 +148,8 @@ fn count_above(range: Range, j: u32, least: u32, lane: u32) -> u32 {
         if lane < half { scratch[lane] += scratch[lane + half]; }
         workgroupBarrier();
     }
-    return scratch[0];
+    // The same for every lane: what depends on it may hold barriers.
+    return workgroupUniformLoad(&scratch[0]);
 }
 
 // The largest key that at least `rank` assignments reach, bit by bit. More than `rank` exist.

@@ -13,7 +13,7 @@ fn choose(at: Place, lane: u32) {
     var last = vec2<u32>(0xffffffffu, 0u);
     for (var j = 0u; j < params.top_k; j++) {
         var best = vec2<u32>(0u, 0xffffffffu);
-        for (var e = at.own; e < params.num_experts; e += at.lanes) {
+        for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
             let candidate = vec2<u32>(order_key(rank(at, e)), e);
             let after_last = candidate.x < last.x || (candidate.x == last.x && (j == 0u || candidate.y > last.y));
             if after_last { best = better(best, candidate); }
@@ -21,7 +21,7 @@ fn choose(at: Place, lane: u32) {
         workgroupBarrier();
         scratch_keys[lane] = best;
         workgroupBarrier();
-        for (var half = at.lanes / 2u; half > 0u; half /= 2u) {
+        for (var half = WG_SIZE / TOKENS / 2u; half > 0u; half /= 2u) {
             if at.own < half { scratch_keys[lane] = better(scratch_keys[lane], scratch_keys[lane + half]); }
             workgroupBarrier();
         }

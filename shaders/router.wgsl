@@ -29,12 +29,11 @@ const EXPERTS: u32 = 4u;
 // Sums of four tokens; each vec4 is four experts.
 struct Sums { t0: vec4<f32>, t1: vec4<f32>, t2: vec4<f32>, t3: vec4<f32> }
 
-// The token that a lane works on once logits are there, with `lanes` lanes for each.
+// The token that a lane works on once logits are there, one of WG_SIZE / TOKENS lanes for each.
 struct Place {
     token: u32,
-    row: u32,   // where its logits begin
-    own: u32,   // this lane among those of the token
-    lanes: u32,
+    row: u32, // where its logits begin
+    own: u32, // this lane among those of the token
     is_token: bool,
 }
 
@@ -60,7 +59,7 @@ fn router(
     let lanes = WG_SIZE / TOKENS;
     let token = first_token + lane / lanes;
     let row = min(token, params.num_tokens - 1u) * params.num_experts;
-    let at = Place(token, row, lane % lanes, lanes, token < params.num_tokens);
+    let at = Place(token, row, lane % lanes, token < params.num_tokens);
     adjust_logits(at);
     let before = before_choice(at, lane);
     choose(at, lane);
@@ -164,7 +163,7 @@ fn is_neg_infinity(value: f32) -> bool {
 fn row_totals(at: Place, lane: u32, max: f32) -> Row {
     // sum of exp(logit - max) over all experts, and whether any logit is NaN or +infinity
     var partial = vec2<f32>(0.0);
-    for (var e = at.own; e < params.num_experts; e += at.lanes) {
+    for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
         let logit = router_logits[at.row + e];
         let bits = bitcast<u32>(logit);
         let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
@@ -173,7 +172,7 @@ fn row_totals(at: Place, lane: u32, max: f32) -> Row {
     workgroupBarrier();
     scratch_sums[lane] = vec4<f32>(partial, 0.0, 0.0);
     workgroupBarrier();
-    for (var half = at.lanes / 2u; half > 0u; half /= 2u) {
+    for (var half = WG_SIZE / TOKENS / 2u; half > 0u; half /= 2u) {
         if at.own < half { scratch_sums[lane] += scratch_sums[lane + half]; }
         workgroupBarrier();
     }
@@ -184,14 +183,14 @@ fn row_totals(at: Place, lane: u32, max: f32) -> Row {
 // The largest logit of a token. Barriers inside.
 fn row_max(at: Place, lane: u32) -> f32 {
     var max = router_logits[at.row];
-    for (var e = at.own; e < params.num_experts; e += at.lanes) {
+    for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
         let logit = router_logits[at.row + e];
         if order_key(logit) > order_key(max) { max = logit; }
     }
     workgroupBarrier();
     scratch_sums[lane].x = max;
     workgroupBarrier();
-    for (var half = at.lanes / 2u; half > 0u; half /= 2u) {
+    for (var half = WG_SIZE / TOKENS / 2u; half > 0u; half /= 2u) {
         if at.own < half {
             let other = scratch_sums[lane + half].x;
             if order_key(other) > order_key(scratch_sums[lane].x) { scratch_sums[lane].x = other; }
