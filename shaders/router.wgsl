@@ -1,20 +1,19 @@
 // router: which experts each token gets, and with which weight. One dispatch, nothing leaves the workgroup.
 //
-//     router_logits[t, e] = finish_logit(x[t, :] . router_weights[e, :])         logits_*.wgsl
+//     router_logits[t, e] = finish_logit(x[t, :] . router_weights[e, :])         products_*.wgsl, logits_*.wgsl
 //     topk_experts[t, :]  = the top_k experts with the best ranks                ranks_*.wgsl, groups_*.wgsl, choose_*.wgsl
 //     topk_weights[t, :]  = their scores, normalised and scaled                  scores.wgsl, weigh_*.wgsl
 //
 // CPU twin   src/reference/router.rs
-// Mapping    workgroup = 4 tokens. First K_LANES lanes share the dot products of 4 tokens x 4 experts; then a
-//            quarter of the lanes picks the experts of one token
+// Mapping    workgroup = 4 tokens. First all lanes make their logits; then a quarter of the lanes picks the experts of
+//            one token
 // Grid       [ceil(num_tokens / 4)], folded
-// Requires   num_experts <= 1024; WG_SIZE and K_LANES powers of two, K_LANES <= WG_SIZE, WG_SIZE >= 4
+// Requires   num_experts <= 1024; WG_SIZE a power of two, at least 4
 // Numerics   f32; every token's sums are formed in the same order wherever it stands in the batch. Ranking uses
 //            integer keys, so that NaN and infinities cannot produce an id twice or out of range; such a token's
 //            weights are NaN and it is counted in status
 
 @group(0) @binding(0) var<uniform>             params:         RouterParams;
-@group(0) @binding(1) var<storage, read>       router_weights: array<vec4<f32>>;   // [num_rows, 4 * ceil(hidden_size / 4)]
 @group(0) @binding(3) var<storage, read>       router_vectors: array<f32>;         // [bias, selection bias, scale][num_experts]
 @group(0) @binding(4) var<storage, read_write> router_logits:  array<f32>;         // [num_tokens, num_experts], then other rows and ranks
 @group(0) @binding(5) var<storage, read_write> topk_experts:   array<u32>;         // [num_tokens, top_k]
@@ -24,10 +23,6 @@
 override WG_SIZE: u32 = 64;
 
 const TOKENS: u32 = 4u;
-const EXPERTS: u32 = 4u;
-
-// Sums of four tokens; each vec4 is four experts.
-struct Sums { t0: vec4<f32>, t1: vec4<f32>, t2: vec4<f32>, t3: vec4<f32> }
 
 // The token that a lane works on once logits are there, one of WG_SIZE / TOKENS lanes for each.
 struct Place {
@@ -70,68 +65,12 @@ fn router(
     }
 }
 
-fn compute_logits(first_token: u32, lane: u32) {
-    let h = params.hidden_size;
-    let k4 = (h + 3u) / 4u;
-    let last_token = params.num_tokens - 1u;
-    let alone = first_token == last_token;
-    let t1 = min(first_token + 1u, last_token);
-    let t2 = min(first_token + 2u, last_token);
-    let t3 = min(first_token + 3u, last_token);
-    // EXPERTS * (WG_SIZE / K_LANES) experts at a time
-    for (var block = params.first_row; block < params.num_rows; block += EXPERTS * (WG_SIZE / K_LANES)) {
-        let first_expert = block + EXPERTS * (lane / K_LANES);
-        var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
-        if first_expert < params.num_rows {
-            if alone {
-                for (var k = lane % K_LANES; k < k4; k += K_LANES) {
-                    sums.t0 = step(sums.t0, seen_input4(first_token, h, k), load_router4x4(first_expert, k4, k));
-                }
-            } else {
-                for (var k = lane % K_LANES; k < k4; k += K_LANES) {
-                    let w = load_router4x4(first_expert, k4, k);
-                    sums.t0 = step(sums.t0, seen_input4(first_token, h, k), w);
-                    sums.t1 = step(sums.t1, seen_input4(t1, h, k), w);
-                    sums.t2 = step(sums.t2, seen_input4(t2, h, k), w);
-                    sums.t3 = step(sums.t3, seen_input4(t3, h, k), w);
-                }
-            }
-        }
-        // Barriers inside: every lane takes part, also those without an expert.
-        sums.t0 = reduce_k_lanes(sums.t0, lane);
-        if !alone {
-            sums.t1 = reduce_k_lanes(sums.t1, lane);
-            sums.t2 = reduce_k_lanes(sums.t2, lane);
-            sums.t3 = reduce_k_lanes(sums.t3, lane);
-        }
-        if lane % K_LANES == 0u {
-            store_logits(first_token, first_expert, sums.t0);
-            if !alone {
-                store_logits(first_token + 1u, first_expert, sums.t1);
-                store_logits(first_token + 2u, first_expert, sums.t2);
-                store_logits(first_token + 3u, first_expert, sums.t3);
-            }
-        }
-    }
-}
-
-// Inputs 4*k .. 4*k+3 of four rows, transposed. Past the last row: that row again.
-fn load_router4x4(first_expert: u32, k4: u32, k: u32) -> mat4x4<f32> {
-    let last = params.num_rows - 1u;
-    return transpose(mat4x4<f32>(
-        router_weights[min(first_expert, last) * k4 + k], router_weights[min(first_expert + 1u, last) * k4 + k],
-        router_weights[min(first_expert + 2u, last) * k4 + k], router_weights[min(first_expert + 3u, last) * k4 + k]));
-}
-
-fn store_logits(token: u32, first_row: u32, sums: vec4<f32>) {
-    if token >= params.num_tokens { return; }
-    for (var i = 0u; i < EXPERTS; i++) {
-        let row = first_row + i;
-        if row < params.num_experts {
-            router_logits[token * params.num_experts + row] = finish_logit(sums[i], row);
-        } else if row < params.num_rows {
-            router_logits[other_logit(token, row)] = sums[i];
-        }
+// Takes the dot product of a token and a row of router_weights.
+fn store_product(token: u32, row: u32, product: f32) {
+    if row < params.num_experts {
+        router_logits[token * params.num_experts + row] = finish_logit(product, row);
+    } else if row < params.num_rows {
+        router_logits[other_logit(token, row)] = product;
     }
 }
 

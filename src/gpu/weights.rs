@@ -26,8 +26,12 @@ impl DeviceWeights {
     pub(super) async fn upload(gpu: &Gpu, plan: &LayerPlan, weights: &MoeWeights) -> Result<Self> {
         let c = plan.config();
         let mut pages = HashMap::new();
+        let router = router_rows(weights).concat();
         for matrix in plan.matrices() {
-            let source = PackedRows::of(matrix.name, c, weights);
+            let source = match matrix.name {
+                "router_matrix" => PackedRows::router(c, &router),
+                name => PackedRows::of(name, c, weights),
+            };
             let mut buffers = Vec::new();
             for page in &matrix.pages {
                 buffers.push(upload_page(gpu, matrix.name, matrix.format, page, |e, n| source.row(e, n)).await?);
@@ -85,6 +89,12 @@ impl<'a> PackedRows<'a> {
         }
     }
 
+    /// All rows of the router, as the matrix of one expert.
+    pub(super) fn router(c: &MoeConfig, rows: &'a [f32]) -> Self {
+        let inputs = c.hidden_size() as usize;
+        Self { first: rows, second: None, rows: rows.len() / inputs, inputs }
+    }
+
     /// Packed row `column` of an expert; `None`: padding.
     pub(super) fn row(&self, expert: usize, column: usize) -> Option<&'a [f32]> {
         let (from, row) = match self.second {
@@ -94,6 +104,13 @@ impl<'a> PackedRows<'a> {
         };
         (row < self.rows).then(|| from.get((expert * self.rows + row) * self.inputs..)?.get(..self.inputs)).flatten()
     }
+}
+
+/// The router's rows, in order: experts, gated shared experts, groups, noise.
+fn router_rows(weights: &MoeWeights) -> Vec<&[f32]> {
+    let x = &weights.extras;
+    let others = [&x.shared_gate, &x.group_router, &x.router_noise];
+    std::iter::once(&weights.router[..]).chain(others.into_iter().filter_map(|rows| rows.as_deref())).collect()
 }
 
 /// Everything that is not a packed matrix, as words.
@@ -110,13 +127,7 @@ pub(super) fn vectors_of(c: &MoeConfig, weights: &MoeWeights) -> Vec<(&'static s
         }
         words
     };
-    let mut router = Vec::new();
-    for rows in [Some(&weights.router), x.shared_gate.as_ref(), x.group_router.as_ref(), x.router_noise.as_ref()] {
-        for row in rows.into_iter().flat_map(|rows| rows.chunks_exact(h)) {
-            router.extend(bits(row));
-            router.resize(router.len() + h.next_multiple_of(4) - h, 0);
-        }
-    }
+    let router: Vec<u32> = router_rows(weights).into_iter().flat_map(|rows| padded(rows, h)).collect();
     let or = |values: &Option<Vec<f32>>, other: f32| bits(&values.clone().unwrap_or_else(|| vec![other; e]));
     let router_vectors =
         [or(&weights.router_bias, 0.0), or(&x.selection_bias, 0.0), or(&x.per_expert_scale, 1.0)].concat();

@@ -1,6 +1,6 @@
 //! Layers that between them use every part of the router: for lists and tests.
 
-use super::router::FrontKind;
+use super::router::{FrontKind, Products};
 use super::{Input, Kernel, router};
 use crate::model::activation::Activation;
 use crate::model::config::{LayerExtras, MoeConfig, SharedExperts, SharedGate};
@@ -47,8 +47,10 @@ pub(super) fn routers() -> Vec<Kernel> {
         let top_k = if routing.is_dense() { 8 } else { 2 };
         let Ok(config) = MoeConfig::new(64, 32, 8, top_k, routing, Activation::SWIGLU) else { continue };
         let noise = routing.noise != Noise::None;
-        for input in [Input::Vec4, Input::Scalar] {
-            kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, input, 64, 8));
+        for products in [Products::Fused(Input::Vec4), Products::Fused(Input::Scalar), Products::Ready] {
+            if products != Products::Ready || !matches!(routing.noise, Noise::Jitter { .. }) {
+                kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, products, 64, 8));
+            }
         }
     }
     for gate in [SharedGate::Sigmoid, SharedGate::Joint, SharedGate::Mix] {
@@ -57,9 +59,10 @@ pub(super) fn routers() -> Vec<Kernel> {
         let config = MoeConfig::new(64, 32, 8, 2, sigmoid, activation);
         let config = config.and_then(|config| config.with_extras(LayerExtras { shared, ..LayerExtras::default() }));
         let Ok(config) = config else { continue };
-        kernels.push(router::kernel(&config, true, FrontKind::Router, false, Input::Vec4, 64, 8));
+        let products = Products::Fused(Input::Vec4);
+        kernels.push(router::kernel(&config, true, FrontKind::Router, false, products, 64, 8));
         if gate == SharedGate::Sigmoid {
-            kernels.push(router::kernel(&config, true, FrontKind::Assignments, false, Input::Vec4, 64, 8));
+            kernels.push(router::kernel(&config, true, FrontKind::Assignments, false, products, 64, 8));
         }
     }
     // Some routings are the same kernel.

@@ -10,6 +10,17 @@ pub const TOKENS: u32 = 4;
 const EXPERTS: u32 = 4;
 /// Lanes of one workgroup.
 pub const WG_SIZE: u32 = 64;
+/// Lanes of one workgroup where lanes are not worth their barriers.
+pub const FEW_LANES: u32 = 8;
+
+/// Where the router's dot products come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Products {
+    /// Made in the kernel, from an input of this kind.
+    Fused(Input),
+    /// Made before, by the grouped matmul.
+    Ready,
+}
 
 /// Who routes; the kinds of [`Front`](crate::Front).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -57,7 +68,7 @@ pub fn kernel(
     has_selection_bias: bool,
     front: FrontKind,
     noise: bool,
-    input: Input,
+    products: Products,
     workgroup_size: u32,
     k_lanes: u32,
 ) -> Kernel {
@@ -65,8 +76,18 @@ pub fn kernel(
     let given = front == FrontKind::Assignments;
     let (scores, scores_name) = scores_override(config, has_selection_bias);
     let mut overrides = vec![("WG_SIZE", workgroup_size), ("K_LANES", k_lanes), ("SCORES", scores)];
-    let mut label = format!("router{}", input.suffix());
-    let mut parts = vec![wgsl!("router_params"), wgsl!("step"), wgsl!("reduce"), input.part()];
+    let mut label = "router".to_owned();
+    let mut parts = vec![wgsl!("router_params"), wgsl!("reduce")];
+    match products {
+        Products::Fused(input) => {
+            parts.extend([wgsl!("step"), input.part(), wgsl!("products_fused")]);
+            label.push_str(input.suffix());
+        }
+        Products::Ready => {
+            parts.push(wgsl!("products_ready"));
+            label.push_str(".ready");
+        }
+    }
     let mut add = |part: Part, name: &str| {
         parts.push(part);
         if !name.is_empty() {
@@ -80,8 +101,9 @@ pub fn kernel(
     if noise != Noise::None {
         add(wgsl!("noise"), "noise");
     }
-    match noise {
-        Noise::Jitter { .. } => add(wgsl!("seen_jitter"), "jitter"),
+    match (noise, products) {
+        (_, Products::Ready) => {} // nothing of x is seen here
+        (Noise::Jitter { .. }, _) => add(wgsl!("seen_jitter"), "jitter"),
         _ => add(wgsl!("seen_plain"), ""),
     }
     if routing.logit_scale == 1.0 && routing.logit_softcap.is_none() {
@@ -145,12 +167,17 @@ pub fn kernel(
 
     let mut bindings = vec![
         bind(0, "params", Access::Uniform),
-        bind(1, "router_weights", Access::Read), // [num_rows, hidden_size padded to 4]
-        bind(2, "x", Access::Read),              // [num_tokens, hidden_size]
         bind(3, "router_vectors", Access::Read), // [3, num_experts]
         bind(4, "router_logits", Access::Write), // [num_tokens, num_experts], and more
         bind(7, "status", Access::Write),        // [2]
     ];
+    match products {
+        Products::Fused(_) => bindings.extend([
+            bind(1, "router_weights", Access::Read), // [num_rows, hidden_size padded to 4]
+            bind(2, "x", Access::Read),              // [num_tokens, hidden_size]
+        ]),
+        Products::Ready => bindings.push(bind(2, "products", Access::Read)), // [num_tokens, num_rows padded to 4]
+    }
     if !given {
         bindings.push(bind(5, "topk_experts", Access::Write)); // [num_tokens, top_k]
         bindings.push(bind(6, "topk_weights", Access::Write)); // [num_tokens, top_k]

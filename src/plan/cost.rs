@@ -19,7 +19,15 @@ pub struct StageCost {
 
 /// Costs of the stages that run and whose work is worth counting, in order. Norms, capacity and what else only some
 /// layers have beside matrices are small.
-pub fn stages(config: &MoeConfig, format: WeightFormat, num_tokens: u32, sorted: bool) -> Vec<StageCost> {
+///
+/// `sorted`: there is a permute. `logits_apart`: the router's dot products are a dispatch of their own.
+pub fn stages(
+    config: &MoeConfig,
+    format: WeightFormat,
+    num_tokens: u32,
+    sorted: bool,
+    logits_apart: bool,
+) -> Vec<StageCost> {
     let [t, h, d, i, e, k] = [
         num_tokens,
         config.hidden_size(),
@@ -36,7 +44,14 @@ pub fn stages(config: &MoeConfig, format: WeightFormat, num_tokens: u32, sorted:
         [config.intermediate_size(), config.expert_size(), config.hidden_size()].map(|n| u64::from(pad4(n)));
     let rows = u64::from(router::num_rows(config));
     let first = |gated: bool| if gated { 2 } else { 1 };
-    let mut stages = vec![("router", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows + 2 * a))];
+    let mut stages = if logits_apart {
+        vec![
+            ("logits", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows)),
+            ("router", 0, 4 * (2 * t * rows + 2 * a)),
+        ]
+    } else {
+        vec![("router", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows + 2 * a))]
+    };
     if sorted {
         stages.push(("permute", 0, 4 * (3 * a + e)));
     }

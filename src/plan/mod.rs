@@ -158,7 +158,7 @@ impl LayerPlan {
             device: device.clone(),
             request: request.clone(),
             nominal_experts,
-            matrices: matrices(config, format, limit)?,
+            matrices: matrices(config, format, device)?,
             max_tokens: 0,
         };
         plan.max_tokens = plan.find_max_tokens(limit)?;
@@ -239,6 +239,8 @@ impl LayerPlan {
                 buffers.push((name, bytes));
             }
         };
+        let rows = u64::from(pad4(router::num_rows(c)));
+        add(!self.pages("router_matrix").is_empty(), "products", tokens * rows * 4);
         add(c.routing().capacity.is_some(), "kept_experts", assignments * 4);
         add(c.vocab_size().is_some(), "token_ids", tokens * 4);
         add(extras.router_norm.is_some(), "router_in", hidden);
@@ -352,8 +354,11 @@ impl LayerPlan {
             num_tokens,
             matmul,
             params,
+            stages: {
+                let logits_apart = passes::multiplies_before(self, num_tokens, kind);
+                cost::stages(c, self.format, num_tokens, matmul.sorted(), logits_apart)
+            },
             dispatches: passes::dispatches(self, matmul, &params, kind)?,
-            stages: cost::stages(c, self.format, num_tokens, matmul.sorted()),
         })
     }
 
@@ -401,8 +406,9 @@ enum Step {
 /// What each step but the last writes.
 const STEP_BUFFERS: [&str; 4] = ["step_1", "step_2", "step_3", "step_4"];
 
-/// The packed matrices of a layer, cut into pages of at most `limit` bytes.
-fn matrices(config: &MoeConfig, format: WeightFormat, limit: u64) -> Result<Vec<Matrix>> {
+/// The packed matrices of a layer, cut into pages that the device can bind.
+fn matrices(config: &MoeConfig, format: WeightFormat, device: &DeviceProfile) -> Result<Vec<Matrix>> {
+    let limit = device.max_buffer_bytes();
     let mut matrices = Vec::new();
     let mut add = |name, format: WeightFormat, experts: u32, columns: u32, inputs: u32| {
         let row_bytes = u64::from(pad4(inputs)) * u64::from(format.bits()) / 8;
@@ -418,6 +424,9 @@ fn matrices(config: &MoeConfig, format: WeightFormat, limit: u64) -> Result<Vec<
         let columns = first_columns(shared.activation, shared.intermediate_size);
         add("shared_gate_up_weights", format, shared.num, columns, h)?;
         add("shared_down_weights", format, shared.num, pad4(h), shared.intermediate_size)?;
+    }
+    if device.software && device.subgroup_size.is_some() {
+        add("router_matrix", WeightFormat::F32, 1, pad4(router::num_rows(config)), h)?;
     }
     if let Some(latent) = config.extras().latent_size {
         add("latent_in_weights", WeightFormat::F32, 1, pad4(latent), h)?;

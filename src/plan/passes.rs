@@ -1,13 +1,13 @@
 //! The dispatches of a pass, in order. What only some layers have adds dispatches to those that every layer has.
 
-use super::variant;
+use super::variant::{self, MatmulRequest};
 use super::{Dispatch, LayerPlan, PassKind, QUIET_NAN, STEP_BUFFERS, Step, first_columns, grid, over_limit, pad4};
 use crate::error::Result;
 use crate::kernels::combine::{Rows, Tail};
 use crate::kernels::gate_up::Epilogue;
 use crate::kernels::matmul::{MatmulChoice, Tiles};
 use crate::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, Uniform};
-use crate::kernels::router::FrontKind;
+use crate::kernels::router::{FrontKind, Products};
 use crate::kernels::{Input, Kernel, capacity, combine, down, gate_up, norm, permute, reweigh, router, token_table};
 use crate::model::activation::Activation;
 use crate::model::config::{Norm, SpecialKind};
@@ -78,6 +78,15 @@ pub(super) fn dispatches(
     Ok(builder.dispatches)
 }
 
+/// The router's dot products are worth a dispatch of their own: software drivers make them several times faster in the
+/// grouped matmul. Not where the caller pinned a variant, so that a token's logits do not depend on its batch.
+pub(super) fn multiplies_before(plan: &LayerPlan, num_tokens: u32, kind: PassKind) -> bool {
+    let jitters = kind.noise && matches!(plan.config.routing().noise, Noise::Jitter { .. });
+    let pinned = plan.request != MatmulRequest::default();
+    let has_matrix = !plan.pages("router_matrix").is_empty();
+    kind.front == FrontKind::Router && !jitters && !pinned && has_matrix && num_tokens > variant::FEW_TOKENS
+}
+
 impl Builder<'_> {
     fn add(
         &mut self,
@@ -110,20 +119,30 @@ impl Builder<'_> {
                 }
                 None => x,
             };
+            let mut buffers = vec![("x", seen.buffer)];
+            let mut products = Products::Fused(Input::of_stride(seen.stride));
+            if multiplies_before(self.plan, params.num_tokens, kind) {
+                let rows = router::num_rows(c);
+                self.project("logits", "router_matrix", seen, c.hidden_size(), "products", rows)?;
+                products = Products::Ready;
+                buffers = Vec::new();
+            }
+            // Without a matmul there is little for many lanes to do, and in software barriers between them are slow.
+            let has_matmul = products != Products::Ready && uniform.first_row < uniform.num_rows;
+            let few_lanes = self.plan.device.software && !has_matmul;
             // The router's own rows are as long as the layer is wide; what follows them in its input is padding.
-            let input = Input::of_stride(seen.stride);
             let uniform = RouterParams { hidden_size: seen.stride, ..uniform };
             let kernel = router::kernel(
                 c,
                 self.plan.tensors.selection_bias,
                 kind.front,
                 kind.noise,
-                input,
-                router::WG_SIZE,
-                router::k_lanes(self.plan.nominal_experts),
+                products,
+                if few_lanes { router::FEW_LANES } else { router::WG_SIZE },
+                if few_lanes { 1 } else { router::k_lanes(self.plan.nominal_experts) },
             );
             let workgroups = router::workgroups(params.num_tokens);
-            self.add("router", kernel, Uniform::Router(uniform), workgroups, vec![("x", seen.buffer)])?;
+            self.add("router", kernel, Uniform::Router(uniform), workgroups, buffers)?;
         }
         let Some(limit) = routing.capacity.filter(|_| !given) else { return Ok("topk_experts") };
         let tokens_per_sequence = match kind.tokens_per_sequence {

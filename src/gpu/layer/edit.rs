@@ -67,7 +67,17 @@ impl GpuLayer {
             let buffers = self.spliced_pages(matrix, &config, &splice, &mut encoder).await?;
             pages.insert(matrix.name, buffers);
         }
-        let vectors = self.spliced_vectors(&old, &splice, expert).await?;
+        let (vectors, router) = self.spliced_vectors(&old, &splice, expert).await?;
+        for matrix in plan.matrices().iter().filter(|m| m.name == "router_matrix") {
+            let rows = PackedRows::router(&config, &router);
+            let mut buffers = Vec::new();
+            for page in &matrix.pages {
+                buffers.push(
+                    weights::upload_page(&self.gpu, matrix.name, matrix.format, page, |e, n| rows.row(e, n)).await?,
+                );
+            }
+            pages.insert(matrix.name, buffers);
+        }
         self.submit(encoder).await?;
         self.gpu.check("moving experts")?;
         self.weights = DeviceWeights { pages, vectors };
@@ -137,14 +147,15 @@ impl GpuLayer {
         Ok(buffers)
     }
 
-    /// The other tensors after the change. They are small: edited on the host.
+    /// The other tensors after the change, and the router's rows. They are small: edited on the host.
     async fn spliced_vectors(
         &self,
         old: &MoeConfig,
         splice: &Splice<'_>,
         expert: Option<&ExpertWeights>,
-    ) -> Result<HashMap<&'static str, wgpu::Buffer>> {
+    ) -> Result<(HashMap<&'static str, wgpu::Buffer>, Vec<f32>)> {
         let mut vectors = self.weights.vectors.clone();
+        let mut router = Vec::new();
         let (at, removed) = (splice.at as usize, splice.removed as usize);
         let num_experts = old.num_experts() as usize;
         for name in ["router_weights", "router_vectors", "gate_up_bias", "down_bias"] {
@@ -164,6 +175,8 @@ impl GpuLayer {
                         splice_row(&mut words, width, noise_at + at, removed, &zeros);
                     }
                     splice_row(&mut words, width, at, removed, &row);
+                    let unpadded = words.chunks_exact(width).flat_map(|row| &row[..old.hidden_size() as usize]);
+                    router = unpadded.map(|&word| f32::from_bits(word)).collect();
                 }
                 "router_vectors" => {
                     let values = expert.map(|e| [e.router_bias, e.selection_bias, e.per_expert_scale]);
@@ -190,7 +203,7 @@ impl GpuLayer {
             let buffer = self.gpu.filled_buffer(name, bytemuck::cast_slice(&words), weights::USAGE).await?;
             vectors.insert(name, buffer);
         }
-        Ok(vectors)
+        Ok((vectors, router))
     }
 }
 
