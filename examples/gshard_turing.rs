@@ -158,9 +158,9 @@ fn layer(
 /// Fails if an element is further off than 1e-5 of the largest.
 fn check(name: &str, got: &[f32], want: &[f64]) -> Result<(), Box<dyn Error>> {
     let largest = want.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-    // Written so that NaN fails.
-    let off = |(got, want): (&f32, &f64)| !((f64::from(*got) - want).abs() <= 1e-5 * largest);
-    match got.iter().zip(want).position(off) {
+    // A NaN is not within anything, so it fails.
+    let within = |(got, want): (&f32, &f64)| (f64::from(*got) - want).abs() <= 1e-5 * largest;
+    match got.iter().zip(want).position(|pair| !within(pair)) {
         None => Ok(()),
         Some(at) => Err(format!("{name}: element {at} is {}, expected {}", got[at], want[at]).into()),
     }

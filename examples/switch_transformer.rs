@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("{factor:15}   {capacity:8}   {:7}   {:?}", routing.num_dropped, routing.tokens_per_expert);
 
         // By hand: in each sequence, the first tokens that want an expert get it.
-        let mut taken = vec![0; NUM_EXPERTS];
+        let mut taken = [0; NUM_EXPERTS];
         for t in 0..NUM_TOKENS {
             if t % SEQUENCE == 0 {
                 taken.fill(0);
