@@ -1,25 +1,30 @@
 //! Golden cases: one MoE block with an input and the output that somebody else's implementation computed for it.
 //!
 //! A case passes if `max |y - y_ref| / max |y_ref|` is within the tolerance, and each token got the same set of
-//! experts with the same weights. Order within a token means nothing.
+//! experts with the same weights. Order within a token means nothing. Of assignments that nobody computes only the
+//! number counts: implementations differ in which weight they still report for them.
 //!
 //! # Near-ties
-//! Two correct implementations can choose differently where two logits are almost equal, and then whole rows of `y`
+//! Two correct implementations can choose differently where two ranks are almost equal, and then whole rows of `y`
 //! differ. Such a case proves nothing either way, so it never passes: [`compare`] still reports it as failed, but
 //! the reason says that the file's own logits are too close to decide. A useful golden file has no such token.
+//! Where groups decide too, nothing is said about ties.
 
 use crate::error::{Error, Result};
+use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::MoeConfig;
 use crate::model::family::Family;
-use crate::model::routing::RoutingDecision;
+use crate::model::routing::{DROPPED, RankBy, RoutingDecision, Scores, Selection};
+use crate::model::statistics::Statistics;
 use crate::model::tensor_file::TensorFile;
 use crate::model::weights::MoeWeights;
+use crate::reference::router::{Logits, route};
 use std::path::{Path, PathBuf};
 
 /// Default bound on `max |y - y_ref| / max |y_ref|` and on each expert weight's absolute error.
 pub const TOLERANCE: f64 = 1e-5;
-/// Logits closer than this, relative to the token's largest magnitude, are a near-tie.
+/// Ranks closer than this, relative to the token's largest magnitude, are a near-tie.
 const NEAR_TIE: f64 = 1e-5;
 
 const INPUT: &str = "io.hidden_states";
@@ -27,6 +32,10 @@ const OUTPUT: &str = "io.output";
 const EXPERTS: &str = "io.topk_indices";
 const WEIGHTS: &str = "io.topk_weights";
 const LOGITS: &str = "io.router_logits";
+const TOKEN_IDS: &str = "io.input_ids";
+const SHARED_WEIGHTS: &str = "io.shared_gammas";
+const BALANCE_LOSS: &str = "aux.load_balancing_loss";
+const Z_LOSS: &str = "aux.router_z_loss";
 
 /// A golden file in memory.
 #[derive(Clone, Debug)]
@@ -35,6 +44,8 @@ pub struct GoldenCase {
     pub file: PathBuf,
     /// The family's name.
     pub family: String,
+    /// What the configuration calls the model.
+    pub model_type: Option<String>,
     /// The layout that the weights were stored in.
     pub layout: String,
     /// Sizes and semantics.
@@ -45,14 +56,26 @@ pub struct GoldenCase {
     pub x: Vec<f32>,
     /// Rows of `x`.
     pub num_tokens: usize,
+    /// Tokens of each sequence, where the input has sequences.
+    pub tokens_per_sequence: Option<u32>,
+    /// Ids of the tokens: `[num_tokens]`
+    pub token_ids: Option<Vec<u32>>,
+    /// The choices, for layers that are told them: `[num_tokens, top_k]`
+    pub given_experts: Option<Vec<i32>>,
     /// The expected output: `[num_tokens, hidden_size]`
     pub y: Vec<f32>,
-    /// Expected choices, order within a token arbitrary: `[num_tokens, top_k]`
+    /// Expected choices, order within a token arbitrary, [`DROPPED`] for nobody: `[num_tokens, top_k]`
     pub topk_experts: Option<Vec<u32>>,
     /// Weights of those choices: `[num_tokens, top_k]`
     pub topk_weights: Option<Vec<f32>>,
     /// The other implementation's logits: `[num_tokens, num_experts]`
     pub router_logits: Option<Vec<f32>>,
+    /// Weights of shared experts that the router gates: `[num_tokens, num_shared]`
+    pub shared_weights: Option<Vec<f32>>,
+    /// An auxiliary loss: how unevenly experts are used.
+    pub load_balancing_loss: Option<f32>,
+    /// An auxiliary loss: how large logits are.
+    pub router_z_loss: Option<f32>,
 }
 
 impl GoldenCase {
@@ -60,7 +83,7 @@ impl GoldenCase {
     ///
     /// # Errors
     /// Those of [`Checkpoint::load_layer`]; [`Error::MissingTensor`] without input or output; [`Error::BadTensor`] if
-    /// shapes disagree; [`Error::Unsupported`] if the file has dropped assignments (expert -1), which no layer here has.
+    /// shapes disagree.
     pub fn read(path: &Path, family: Option<&Family>) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let layer = match checkpoint.metadata("layer_idx") {
@@ -85,30 +108,79 @@ impl GoldenCase {
         file.expect(OUTPUT, &shape)?;
         let mut y = Vec::new();
         file.read_f32(OUTPUT, 0..num_tokens * h, &mut y)?;
+        let tokens_per_sequence = match shape.as_slice() {
+            [.., sequence, _] if shape.len() > 2 => u32::try_from(*sequence).ok(),
+            _ => None,
+        };
+        let topk_experts = read_experts(&mut file, [num_tokens, top_k], num_experts)?;
+        let given_experts = topk_experts
+            .as_ref()
+            .filter(|_| loaded.config.routing().selection == Selection::Given)
+            .map(|experts| experts.iter().map(|&e| i32::try_from(e).unwrap_or(-1)).collect());
+        let num_shared = loaded.config.num_gated_shared() as usize;
         Ok(Self {
             file: path.to_owned(),
             family: loaded.family,
+            model_type: loaded.model_type,
             layout: loaded.layout,
             config: loaded.config,
             weights: loaded.weights,
             x,
             num_tokens,
+            tokens_per_sequence,
+            token_ids: read_token_ids(&mut file, num_tokens)?,
+            given_experts,
             y,
-            topk_experts: read_experts(&mut file, [num_tokens, top_k], num_experts)?,
+            topk_experts,
             topk_weights: read_optional(&mut file, WEIGHTS, [num_tokens, top_k])?,
             router_logits: read_optional(&mut file, LOGITS, [num_tokens, num_experts])?,
+            shared_weights: read_optional(&mut file, SHARED_WEIGHTS, [num_tokens, num_shared])?,
+            load_balancing_loss: read_number(&mut file, BALANCE_LOSS)?,
+            router_z_loss: read_number(&mut file, Z_LOSS)?,
         })
     }
 
-    /// The smallest gap between the last chosen and the first rejected logit of any token, relative to the token's
-    /// largest magnitude. `None` without logits, or if every expert is chosen.
+    /// The case's input, as an engine takes it.
+    pub fn batch(&self) -> Batch<'_> {
+        Batch {
+            tokens_per_sequence: self.tokens_per_sequence,
+            token_ids: self.token_ids.as_deref(),
+            experts: self.given_experts.as_deref(),
+            ..Batch::from(&self.x)
+        }
+    }
+
+    /// What the choices of each token are made by, `[num_tokens, num_experts]`, from the file's own logits. `None`
+    /// without logits, and where something else decides too: groups, a table, the caller.
+    fn ranks(&self) -> Option<Vec<f64>> {
+        let routing = self.config.routing();
+        let own = matches!(routing.selection, Selection::TopK | Selection::Sparsemixer { .. });
+        let logits = self.router_logits.as_ref().filter(|_| own && routing.groups.is_none())?;
+        let experts: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
+        let by_logits = routing.rank_by == RankBy::Logits || routing.scores == Scores::SoftmaxSelected;
+        let mut ranks = if by_logits {
+            experts
+        } else {
+            let logits = Logits { experts, shared: vec![0.0; self.num_tokens * self.config.num_gated_shared() as usize] };
+            route(&self.config, &self.weights, logits, &self.batch()).router_probs
+        };
+        if let Some(bias) = &self.weights.extras.selection_bias {
+            for (at, rank) in ranks.iter_mut().enumerate() {
+                *rank += f64::from(bias[at % bias.len()]);
+            }
+        }
+        Some(ranks)
+    }
+
+    /// The smallest gap between the last chosen and the first rejected rank of any token, relative to the token's
+    /// largest magnitude. `None` without logits, if every expert is chosen, or where more than ranks decides.
     pub fn smallest_gap(&self) -> Option<f64> {
         let (num_experts, top_k) = (self.config.num_experts() as usize, self.config.top_k() as usize);
-        let logits = self.router_logits.as_ref().filter(|_| top_k < num_experts)?;
-        let gaps = logits.chunks_exact(num_experts).map(|logits| {
-            let mut sorted = logits.to_vec();
+        let ranks = self.ranks().filter(|_| top_k < num_experts)?;
+        let gaps = ranks.chunks_exact(num_experts).map(|ranks| {
+            let mut sorted = ranks.to_vec();
             sorted.sort_by(|a, b| b.total_cmp(a));
-            gap(logits, sorted[top_k - 1], sorted[top_k])
+            gap(ranks, sorted[top_k - 1], sorted[top_k])
         });
         gaps.min_by(f64::total_cmp)
     }
@@ -197,7 +269,8 @@ fn compare_routing(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64)
             ));
         }
         let Some(expected_weights) = &case.topk_weights else { continue };
-        for (&(expert, j), &(_, expected_j)) in found.iter().zip(&expected) {
+        let computed = found.iter().zip(&expected).filter(|((expert, _), _)| *expert != DROPPED);
+        for (&(expert, j), &(_, expected_j)) in computed {
             let weight = routing.topk_weights[range.start + j];
             let expected = expected_weights[range.start + expected_j];
             let error = (f64::from(weight) - f64::from(expected)).abs();
@@ -209,7 +282,43 @@ fn compare_routing(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64)
             }
         }
     }
+    compare_shared(case, routing, tolerance)
+}
+
+/// Weights of shared experts that the router gates, if the file has them.
+fn compare_shared(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64) -> Option<String> {
+    let expected = case.shared_weights.as_ref().filter(|weights| !weights.is_empty())?;
+    if routing.shared_weights.len() != expected.len() {
+        return Some(format!("the routing has {} shared weights, expected {}", routing.shared_weights.len(), expected.len()));
+    }
+    let num_shared = expected.len() / case.num_tokens.max(1);
+    for (at, (found, expected)) in routing.shared_weights.iter().zip(expected).enumerate() {
+        let error = (f64::from(*found) - f64::from(*expected)).abs();
+        if error.is_nan() || error > tolerance {
+            let (t, s) = (at / num_shared, at % num_shared);
+            return Some(format!("token {t} gives shared expert {s} weight {found}, expected {expected}: error {error:.2e}"));
+        }
+    }
     None
+}
+
+/// Compares the file's auxiliary losses, as far as it has any, with those of a pass: the first that is wrong. A file
+/// with a z-loss comes from code of the Switch family, whose balance loss is Switch's.
+pub fn compare_losses(case: &GoldenCase, statistics: &Statistics, tolerance: f64) -> Option<String> {
+    let balance = match case.router_z_loss {
+        Some(_) => statistics.switch_load_balancing_loss,
+        None => statistics.load_balancing_loss,
+    };
+    let losses = [
+        ("load balancing loss", case.load_balancing_loss, balance),
+        ("router z-loss", case.router_z_loss, statistics.router_z_loss),
+    ];
+    losses.into_iter().find_map(|(name, expected, found)| {
+        let expected = f64::from(expected?);
+        let error = (found - expected).abs() / expected.abs().max(1.0);
+        let fits = error <= tolerance;
+        (!fits).then(|| format!("{name} {found}, expected {expected}: relative error {error:.2e}"))
+    })
 }
 
 /// `(expert, position)` of one token's choices, by expert.
@@ -219,20 +328,20 @@ fn by_expert(experts: &[u32]) -> Vec<(u32, usize)> {
     order
 }
 
-/// The end of a sentence about token `t` if every expert that was swapped has a logit close to that of an expert it
+/// The end of a sentence about token `t` if every expert that was swapped has a rank close to that of an expert it
 /// replaced.
 fn near_tie(case: &GoldenCase, t: usize, found: &[u32], expected: &[u32]) -> String {
     let num_experts = case.config.num_experts() as usize;
-    let Some(logits) = case.router_logits.as_ref().and_then(|all| all.get(t * num_experts..(t + 1) * num_experts))
-    else {
+    let all = case.ranks();
+    let Some(ranks) = all.as_ref().and_then(|all| all.get(t * num_experts..(t + 1) * num_experts)) else {
         return String::new();
     };
-    let logit = |&&expert: &&u32| logits.get(expert as usize).copied().unwrap_or(f32::NAN);
-    let wrong = found.iter().filter(|expert| !expected.contains(expert)).map(|e| logit(&e));
-    let missing: Vec<f32> = expected.iter().filter(|expert| !found.contains(expert)).map(|e| logit(&e)).collect();
+    let rank = |&&expert: &&u32| ranks.get(expert as usize).copied().unwrap_or(f64::NAN);
+    let wrong = found.iter().filter(|expert| !expected.contains(expert)).map(|e| rank(&e));
+    let missing: Vec<f64> = expected.iter().filter(|expert| !found.contains(expert)).map(|e| rank(&e)).collect();
     let mut worst: f64 = 0.0;
     for wrong in wrong {
-        let nearest = missing.iter().map(|&right| gap(logits, right, wrong)).fold(f64::INFINITY, f64::min);
+        let nearest = missing.iter().map(|&right| gap(ranks, right, wrong)).fold(f64::INFINITY, f64::min);
         worst = worst.max(nearest);
     }
     // No swapped expert at all means that one was chosen twice: nothing to do with ties.
@@ -242,10 +351,35 @@ fn near_tie(case: &GoldenCase, t: usize, found: &[u32], expected: &[u32]) -> Str
     format!(" (a near-tie: the file's own logits differ by {worst:.1e} there, so the case cannot decide who is right)")
 }
 
-/// `|a - b|` relative to the token's largest logit.
-fn gap(logits: &[f32], a: f32, b: f32) -> f64 {
-    let scale = logits.iter().map(|v| f64::from(v.abs())).fold(f64::MIN_POSITIVE, f64::max);
-    (f64::from(a) - f64::from(b)).abs() / scale
+/// `|a - b|` relative to the token's largest rank.
+fn gap(ranks: &[f64], a: f64, b: f64) -> f64 {
+    let scale = ranks.iter().map(|v| v.abs()).fold(f64::MIN_POSITIVE, f64::max);
+    (a - b).abs() / scale
+}
+
+/// A tensor of one element.
+fn read_number(file: &mut TensorFile, name: &str) -> Result<Option<f32>> {
+    if !file.tensors.contains_key(name) {
+        return Ok(None);
+    }
+    if file.info(name)?.shape.iter().product::<usize>() != 1 {
+        return Err(file.mismatch(name, "one number"));
+    }
+    let mut values = Vec::new();
+    file.read_f32(name, 0..1, &mut values)?;
+    Ok(values.first().copied())
+}
+
+fn read_token_ids(file: &mut TensorFile, num_tokens: usize) -> Result<Option<Vec<u32>>> {
+    if !file.tensors.contains_key(TOKEN_IDS) {
+        return Ok(None);
+    }
+    if file.info(TOKEN_IDS)?.shape.iter().product::<usize>() != num_tokens {
+        return Err(file.mismatch(TOKEN_IDS, &format!("{num_tokens} ids")));
+    }
+    let ids = file.read_integers(TOKEN_IDS)?;
+    let id = |id: i64| u32::try_from(id).map_err(|_| file.mismatch(TOKEN_IDS, &format!("ids of tokens, not {id}")));
+    ids.into_iter().map(id).collect::<Result<_>>().map(Some)
 }
 
 fn read_optional(file: &mut TensorFile, name: &str, shape: [usize; 2]) -> Result<Option<Vec<f32>>> {
@@ -268,11 +402,7 @@ fn read_experts(file: &mut TensorFile, shape: [usize; 2], num_experts: usize) ->
     let experts = file.read_integers(EXPERTS)?;
     let in_range = |(index, expert): (usize, i64)| match u32::try_from(expert) {
         Ok(expert) if (expert as usize) < num_experts => Ok(expert),
-        _ if expert == -1 => Err(Error::Unsupported {
-            what: format!("an assignment dropped by capacity (element {index} of {EXPERTS:?})"),
-            by: "by this version".to_owned(),
-            hint: "layers here never drop tokens".to_owned(),
-        }),
+        _ if expert == -1 => Ok(DROPPED),
         _ => Err(file.mismatch(EXPERTS, &format!("0 to {} everywhere (element {index} is {expert})", num_experts - 1))),
     };
     experts.into_iter().enumerate().map(in_range).collect::<Result<_>>().map(Some)
@@ -292,6 +422,7 @@ mod tests {
         let case = GoldenCase {
             file: PathBuf::from("case"),
             family: "test".to_owned(),
+            model_type: None,
             layout: "hub".to_owned(),
             config,
             weights: MoeWeights {
@@ -304,18 +435,23 @@ mod tests {
             },
             x: vec![0.0; 4],
             num_tokens: 2,
+            tokens_per_sequence: None,
+            token_ids: None,
+            given_experts: None,
             y: y.clone(),
             topk_experts: Some(vec![1, 0, 2, 1]),
             topk_weights: Some(vec![0.75, 0.25, 0.5, 0.5]),
             router_logits: Some(vec![1.0, 2.0, 0.9999999, 0.0, 2.0, 2.0]),
+            shared_weights: None,
+            load_balancing_loss: None,
+            router_z_loss: None,
         };
         // The first token's choices in the other order: the same set.
         let decision = RoutingDecision {
             num_tokens: 2,
             topk_experts: vec![0, 1, 2, 1],
             topk_weights: vec![0.25, 0.75, 0.5, 0.5],
-            router_logits: vec![],
-            tokens_per_expert: vec![],
+            ..RoutingDecision::default()
         };
         (case, y, decision)
     }

@@ -4,14 +4,16 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
-use crate::model::family::{Family, GateUp, Layout};
+use crate::model::family::Family;
+use crate::model::family::layout::Layout;
+use crate::model::layer_reader::{LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
+use crate::model::routing::Routing;
 use crate::model::tensor_file::{self, TensorFile};
 use crate::model::tensor_header::{UniqueMap, check_name};
 use crate::model::weights::{MoeWeights, WeightFormat};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 pub use crate::model::tensor_file::{read_tensor, write_tensor};
@@ -40,6 +42,8 @@ pub struct LoadedLayer {
     pub weights: MoeWeights,
     /// The family's name.
     pub family: String,
+    /// What the configuration calls the model, which a family may know under several names.
+    pub model_type: Option<String>,
     /// The layout that was found, as the family calls it.
     pub layout: String,
     /// In front of the layer's tensor names.
@@ -132,27 +136,24 @@ impl Checkpoint {
             Some(family) => family,
             None => model_config.family()?,
         };
-        let config = family.moe_config(model_config)?;
+        let config = family.moe_config(model_config, layer)?;
         let (layout_name, layout, prefix) = self.find_layout(family, layer)?;
-        let names = Names { layout, prefix: &prefix, config: &config };
-        self.check_all_used(family, &names)?;
-
-        let mut shards = Shards { checkpoint: self, open: BTreeMap::new() };
-        let mut stored_as = BTreeSet::new();
-        for (name, shape) in names.tensors() {
-            let file = shards.file_of(&name)?;
-            file.expect(&name, &shape)?;
-            stored_as.insert(file.info(&name)?.dtype.to_string());
-        }
-        let weights = names.read(&mut shards)?;
-        weights.validate(&config, WeightFormat::F32)?;
+        let reader = LayerReader { family, layout, prefix: &prefix, config: &config };
+        let (path, files, file_of_tensor) = (&self.path, &self.files, &self.file_of_tensor);
+        let read = reader.read(Shards { path, files, file_of_tensor, open: BTreeMap::new() })?;
+        let config = match read.weight_scale {
+            Some(factor) => scaled(&config, factor)?,
+            None => config,
+        };
+        read.weights.validate(&config, WeightFormat::F32)?;
         Ok(LoadedLayer {
             config,
-            weights,
+            weights: read.weights,
             family: family.name().to_owned(),
+            model_type: model_config.model_type().map(str::to_owned),
             layout: layout_name.to_owned(),
             prefix,
-            stored_as: stored_as.into_iter().collect(),
+            stored_as: read.stored_as.into_iter().collect(),
         })
     }
 
@@ -170,22 +171,26 @@ impl Checkpoint {
         }
         let wanted = self.metadata("layout");
         let mut tried = Vec::new();
-        for (name, layout) in family.layouts().iter().filter(|(name, _)| wanted.is_none_or(|w| w == name.as_str())) {
+        for (name, layout) in family.layouts()?.iter().filter(|(name, _)| wanted.is_none_or(|w| w == name.as_str())) {
             let of_family = || layout.prefixes.iter().map(|prefix| prefix.replace("{layer}", &layer.to_string()));
             let prefixes = self.metadata("prefix").map_or_else(|| of_family().collect(), |p| vec![p.to_owned()]);
             for prefix in prefixes {
-                let (GateUp::Separate { gate_proj: first, .. } | GateUp::Fused(first)) = &layout.gate_up;
-                let needed = [layout.router.clone(), first.replace("{expert}", "0")];
-                let missing =
-                    needed.iter().find(|tensor| !self.file_of_tensor.contains_key(&format!("{prefix}{tensor}")));
+                let there = |name: &str| {
+                    let tensor = format!("{prefix}{}", name.replace("{expert}", "0"));
+                    let [plain, packed] = [tensor.clone(), format!("{tensor}_blocks")];
+                    self.file_of_tensor.contains_key(&plain) || self.file_of_tensor.contains_key(&packed)
+                };
+                let mut landmarks = layout.landmarks();
+                let missing = landmarks.find(|tensor| !tensor.names.iter().any(|name| there(name)));
+                let missing = missing.and_then(|tensor| tensor.names.first());
                 match missing {
                     None => return Ok((name, layout, prefix)),
-                    Some(tensor) => tried.push(format!("{prefix}{tensor}")),
+                    Some(tensor) => tried.push(format!("{prefix}{}", tensor.replace("{expert}", "0"))),
                 }
             }
         }
         let Some(first) = tried.first() else {
-            let known: Vec<&str> = family.layouts().keys().map(String::as_str).collect();
+            let known = family.layout_names();
             return Err(Error::Unsupported {
                 what: format!("layout {:?} of {}", wanted.unwrap_or_default(), self.path.display()),
                 by: format!("by family {:?}", family.name()),
@@ -203,132 +208,14 @@ impl Checkpoint {
             ),
         })
     }
-
-    /// A bias, a scale or a shared expert that is there but not described must not be left out in silence.
-    fn check_all_used(&self, family: &Family, names: &Names) -> Result<()> {
-        let used: BTreeSet<String> = names.tensors().into_iter().map(|(name, _)| name).collect();
-        let under_prefix = self.file_of_tensor.range(names.prefix.to_owned()..).map(|(name, _)| name);
-        let mut under_prefix = under_prefix.take_while(|name| name.starts_with(names.prefix));
-        match under_prefix.find(|name| !used.contains(*name)) {
-            None => Ok(()),
-            Some(extra) => Err(Error::Unsupported {
-                what: format!("tensor {extra:?} of {}", self.path.display()),
-                by: format!("by family {:?} with {} experts", family.name(), names.config.num_experts()),
-                hint: format!(
-                    "the result would be wrong without it; {} would have to name it",
-                    family.path().display()
-                ),
-            }),
-        }
-    }
 }
 
-/// Shards opened so far: each header is read at most once for a layer.
-struct Shards<'c> {
-    checkpoint: &'c Checkpoint,
-    open: BTreeMap<usize, TensorFile>,
-}
-
-impl Shards<'_> {
-    fn file_of(&mut self, tensor: &str) -> Result<&mut TensorFile> {
-        let checkpoint = self.checkpoint;
-        let &number = checkpoint.file_of_tensor.get(tensor).ok_or_else(|| Error::MissingTensor {
-            path: checkpoint.path.clone(),
-            tensor: tensor.to_owned(),
-            hint: tensor_file::names_hint(checkpoint.file_of_tensor.keys(), checkpoint.file_of_tensor.len()),
-        })?;
-        Ok(match self.open.entry(number) {
-            std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::btree_map::Entry::Vacant(slot) => {
-                slot.insert(TensorFile::open(&checkpoint.files[number])?)
-            }
-        })
-    }
-}
-
-/// The tensors of one layer: names, shapes, and where each expert's part lies.
-struct Names<'a> {
-    layout: &'a Layout,
-    prefix: &'a str,
-    config: &'a MoeConfig,
-}
-
-impl Names<'_> {
-    fn name(&self, pattern: &str, expert: usize) -> String {
-        format!("{}{}", self.prefix, pattern.replace("{expert}", &expert.to_string()))
-    }
-
-    /// Each tensor of the layer once, with the shape that it must have.
-    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let [h, i, e] = self.sizes();
-        let Layout { prefixes: _, router, router_bias, gate_up, down_proj } = self.layout;
-        let mut tensors = vec![(self.name(router, 0), vec![e, h])];
-        tensors.extend(router_bias.as_ref().map(|bias| (self.name(bias, 0), vec![e])));
-        let mut projections = vec![(down_proj, [h, i])];
-        match gate_up {
-            GateUp::Separate { gate_proj, up_proj } => projections.extend([(gate_proj, [i, h]), (up_proj, [i, h])]),
-            GateUp::Fused(both) => projections.push((both, [2 * i, h])),
-        }
-        for (pattern, [out, inner]) in projections {
-            if pattern.contains("{expert}") {
-                tensors.extend((0..e).map(|expert| (self.name(pattern, expert), vec![out, inner])));
-            } else {
-                tensors.push((self.name(pattern, 0), vec![e, out, inner]));
-            }
-        }
-        tensors
-    }
-
-    /// Reads every tensor. All of [`Names::tensors`] have been checked, so sizes are bounded by what is on disk.
-    fn read(&self, shards: &mut Shards) -> Result<MoeWeights> {
-        let [h, i, e] = self.sizes();
-        let one = i * h;
-        let (gate_proj, up_proj) = match &self.layout.gate_up {
-            GateUp::Separate { gate_proj, up_proj } => {
-                (self.read_experts(shards, gate_proj, one, 0..one)?, self.read_experts(shards, up_proj, one, 0..one)?)
-            }
-            GateUp::Fused(both) => (
-                self.read_experts(shards, both, 2 * one, 0..one)?,
-                self.read_experts(shards, both, 2 * one, one..2 * one)?,
-            ),
-        };
-        let router_bias = self.layout.router_bias.as_ref();
-        Ok(MoeWeights {
-            router: self.read_whole(shards, &self.layout.router, e * h)?,
-            router_bias: router_bias.map(|bias| self.read_whole(shards, bias, e)).transpose()?,
-            gate_proj,
-            up_proj,
-            down_proj: self.read_experts(shards, &self.layout.down_proj, one, 0..one)?,
-            ..MoeWeights::default()
-        })
-    }
-
-    fn read_whole(&self, shards: &mut Shards, pattern: &str, count: usize) -> Result<Vec<f32>> {
-        let name = self.name(pattern, 0);
-        let mut values = Vec::new();
-        shards.file_of(&name)?.read_f32(&name, 0..count, &mut values)?;
-        Ok(values)
-    }
-
-    /// Elements `part` of each expert's `stride` elements, experts in order.
-    fn read_experts(&self, shards: &mut Shards, pattern: &str, stride: usize, part: Range<usize>) -> Result<Vec<f32>> {
-        let num_experts = self.config.num_experts() as usize;
-        let mut values = Vec::new();
-        for expert in 0..num_experts {
-            let name = self.name(pattern, expert);
-            let file = shards.file_of(&name)?;
-            if expert == 0 {
-                file.reserve(&mut values, num_experts.saturating_mul(part.len()))?;
-            }
-            let offset = if pattern.contains("{expert}") { 0 } else { expert * stride };
-            file.read_f32(&name, part.start + offset..part.end + offset, &mut values)?;
-        }
-        Ok(values)
-    }
-
-    fn sizes(&self) -> [usize; 3] {
-        [self.config.hidden_size(), self.config.intermediate_size(), self.config.num_experts()].map(|n| n as usize)
-    }
+/// The layer with every weight of a choice multiplied by a number that the checkpoint stores.
+fn scaled(config: &MoeConfig, factor: f32) -> Result<MoeConfig> {
+    let routing = Routing { scale: config.routing().scale * factor, ..config.routing() };
+    let [h, i] = [config.hidden_size(), config.intermediate_size()];
+    MoeConfig::new(h, i, config.num_experts(), config.top_k(), routing, config.activation())?
+        .with_extras(config.extras().clone())
 }
 
 /// The file to start from in a folder: the index, else the only tensor file.

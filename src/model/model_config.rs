@@ -1,6 +1,7 @@
 //! A model's own configuration, as Hugging Face publishes it: only looked into, never interpreted here.
 
 use crate::error::{Error, Result};
+use crate::model::family::setting::{Key, Step};
 use crate::model::family::{self, Family};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,8 @@ use std::path::{Path, PathBuf};
 pub(crate) struct ModelConfig {
     /// The file it was read from.
     pub path: PathBuf,
-    /// The object itself and, in multimodal models, its `text_config`: looked into in this order.
+    /// What is looked into, in this order: the configuration of the text model inside a multimodal one, and what is
+    /// around it.
     scopes: Vec<Map<String, Value>>,
 }
 
@@ -20,15 +22,17 @@ impl ModelConfig {
         let value = serde_json::from_slice(json)
             .or_else(|error| serde_json::from_slice(&without_infinities(json)).map_err(|_| error))
             .map_err(|error| bad(format!("the configuration is not JSON: {error}")))?;
-        let Value::Object(mut outer) = value else {
+        let Value::Object(outer) = value else {
             return Err(bad("the configuration is not a JSON object".to_owned()));
         };
         let mut scopes = Vec::new();
-        if let Some(Value::Object(text)) = outer.remove("text_config") {
-            scopes.push(text);
-        }
-        scopes.push(outer);
+        collect_scopes(outer, &mut scopes);
         Ok(Self { path: path.to_owned(), scopes })
+    }
+
+    /// What the text model, or else the whole model, calls itself.
+    pub fn model_type(&self) -> Option<&str> {
+        self.scopes.iter().find_map(|scope| scope.get("model_type")?.as_str())
     }
 
     /// The first built-in family that a `model_type` of this configuration names.
@@ -46,14 +50,71 @@ impl ModelConfig {
         types.iter().find_map(|model_type| Family::detect(model_type).ok()).map_or_else(|| Family::detect(first), Ok)
     }
 
-    /// The first of `keys` that is there and not null.
-    pub fn get(&self, keys: &[String]) -> Option<(&str, &Value)> {
-        let in_scope = |scope| keys.iter().find_map(move |key| present(scope, key));
-        fn present<'a>(scope: &'a Map<String, Value>, key: &str) -> Option<(&'a str, &'a Value)> {
-            scope.get_key_value(key).filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.as_str(), value))
+    /// The value of the first of `keys` that is there and not null, which must not be a list: an index takes an entry
+    /// of that.
+    pub fn get<'a>(&'a self, keys: &'a [Key], layer: u32) -> Result<Option<(&'a str, &'a Value)>> {
+        for scope in &self.scopes {
+            for key in keys {
+                match self.walk(scope, key, layer)? {
+                    Some(Value::Array(_)) => {
+                        let text = &key.text;
+                        return Err(self.bad(format!(
+                            "{text:?} of the configuration is a list, expected one value; {text}[{{layer}}] is the entry \
+                             of the layer, {text}[0] the first"
+                        )));
+                    }
+                    Some(value) => return Ok(Some((&key.text, value))),
+                    None => {}
+                }
+            }
         }
-        self.scopes.iter().find_map(in_scope)
+        Ok(None)
     }
+
+    /// What `key` leads to; a value that is not a list is every entry of it.
+    fn walk<'a>(&self, scope: &'a Map<String, Value>, key: &Key, layer: u32) -> Result<Option<&'a Value>> {
+        let mut at: Option<&Value> = None;
+        for step in &key.steps {
+            let index = match step {
+                Step::Name(name) => {
+                    let object = if let Some(value) = at { value.as_object() } else { Some(scope) };
+                    at = object.and_then(|object| object.get(name));
+                    None
+                }
+                Step::Index(index) => Some(*index),
+                Step::Layer => Some(layer as usize),
+            };
+            if let (Some(index), Some(Value::Array(entries))) = (index, at) {
+                let too_short = || {
+                    self.bad(format!("{:?} of the configuration has {} entries, none is {index}", key.text, entries.len()))
+                };
+                at = Some(entries.get(index).ok_or_else(too_short)?);
+            }
+            if at.is_none_or(Value::is_null) {
+                return Ok(None);
+            }
+        }
+        Ok(at)
+    }
+
+    fn bad(&self, message: String) -> Error {
+        Error::BadFile { path: self.path.clone(), message }
+    }
+}
+
+/// Where multimodal models keep the configuration of their text model.
+const INNER: [&str; 4] = ["text_config", "thinker_config", "language_config", "llm_config"];
+
+/// Inner configurations first.
+fn collect_scopes(mut object: Map<String, Value>, scopes: &mut Vec<Map<String, Value>>) {
+    for name in INNER {
+        match object.remove(name) {
+            Some(Value::Object(inner)) => collect_scopes(inner, scopes),
+            Some(other) => drop(object.insert(name.to_owned(), other)),
+            None => {}
+        }
+    }
+    scopes.push(object);
 }
 
 /// Python writes `NaN`, `Infinity` and `-Infinity` into configurations, which JSON does not have. No key that is read
@@ -88,8 +149,9 @@ mod tests {
     fn python_numbers_are_read_as_absent() {
         let json = br#"{"a": [0.0, Infinity], "b": -Infinity, "c": NaN, "model_type": "NaN \" Infinity"}"#;
         let config = ModelConfig::parse(Path::new("config.json"), json).expect("lenient");
-        assert_eq!(config.get(&["model_type".to_owned()]).expect("there").1, "NaN \" Infinity");
-        assert!(config.get(&["b".to_owned(), "c".to_owned()]).is_none());
+        let get = |key: &str| config.scopes[0].get(key).cloned();
+        assert_eq!(get("model_type").expect("there"), "NaN \" Infinity");
+        assert!(get("b").expect("there").is_null() && get("c").expect("there").is_null());
         assert!(ModelConfig::parse(Path::new("config.json"), b"{NaN").is_err());
     }
 }

@@ -83,6 +83,11 @@ impl TensorFile {
         }
     }
 
+    /// [`TensorFile::read_f32`] reads the type of `name`.
+    pub fn check_readable(&self, name: &str) -> Result<()> {
+        self.readable(name, self.info(name)?)
+    }
+
     fn readable(&self, name: &str, info: &TensorInfo) -> Result<()> {
         match info.dtype {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => Ok(()),
@@ -115,6 +120,17 @@ impl TensorFile {
                 value: values[first + at],
             }),
         }
+    }
+
+    /// Bytes `range` of a tensor whose elements have at most eight bits.
+    pub fn read_bytes(&mut self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
+        let bits = self.info(name)?.dtype.bitsize();
+        if bits > 8 {
+            return Err(self.mismatch(name, "numbers of at most eight bits"));
+        }
+        let mut bytes = Vec::new();
+        self.read_chunks(name, range, |chunk| bytes.extend_from_slice(chunk))?;
+        Ok(bytes)
     }
 
     /// All of an I32 or I64 tensor.
@@ -151,8 +167,10 @@ impl TensorFile {
     /// Hands elements `range` of `name` to `take` in pieces of whole elements. Only for types of whole bytes.
     fn read_chunks(&mut self, name: &str, range: Range<usize>, mut take: impl FnMut(&[u8])) -> Result<()> {
         let info = self.info(name)?;
-        let element = info.dtype.bitsize() / 8;
-        let count: usize = info.shape.iter().product();
+        let bits = info.dtype.bitsize();
+        // of four bits: bytes are what is counted then
+        let element = bits.div_ceil(8);
+        let count = info.shape.iter().product::<usize>() / (8 / bits.min(8)).max(1);
         if range.end > count {
             return Err(self.mismatch(name, &format!("at least {} elements", range.end)));
         }
