@@ -207,6 +207,7 @@ mod tests {
             roofline: None,
             rows: vec![row],
             failures: Vec::new(),
+            routers: Vec::new(),
         }
     }
 

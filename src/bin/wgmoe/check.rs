@@ -165,12 +165,12 @@ fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgm
     case.family = Some(golden.family.clone());
     let options = LayerOptions { weights: args.weights, matmul: args.matmul.0, ..Default::default() };
     let layer = MoeLayer::with_options(context, golden.config.clone(), &golden.weights, &options)?;
-    let y = layer.forward(&golden.x)?;
+    let y = layer.forward_batch(&golden.batch())?;
     let routing = layer.routing()?;
     if args.weights != WeightFormat::F32 {
         // The file's output belongs to unrounded weights, which this layer does not have.
         let rounded = golden.weights.rounded(args.weights);
-        let expected = reference::moe_forward(&golden.config, &rounded, &golden.x).y;
+        let expected = reference::moe_forward(&golden.config, &rounded, golden.batch()).y;
         golden.y = expected.iter().map(|&v| v as f32).collect();
     }
     let verdict = golden::compare(&golden, &y, &routing, golden::TOLERANCE);
