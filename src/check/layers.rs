@@ -268,7 +268,7 @@ fn complete(mut weights: MoeWeights, config: &MoeConfig, index: u32) -> MoeWeigh
     let selects = matches!(config.routing().selection, Selection::TopK);
     x.selection_bias = (selects && index.is_multiple_of(2)).then(|| values(e, 0.25));
     x.per_expert_scale = (index % 3 == 1).then(|| values(e, 0.25).into_iter().map(|v| 1.0 + v).collect());
-    if index % 3 == 0 {
+    if index.is_multiple_of(3) {
         x.gate_bias = config.activation().is_gated().then(|| values(weighted * i, 0.5));
         x.up_bias = Some(values(weighted * i, 0.5));
         x.down_bias = Some(values(weighted * d, 0.5));

@@ -134,7 +134,7 @@ impl MoeWeights {
         }
         let latent = config.extras().latent_size.unwrap_or(0) as usize;
         let groups = config.routing().groups.map_or(0, |groups| groups.num_groups) as usize;
-        let optional: [(&'static str, &Option<Vec<f32>>, Vec<usize>); 17] = [
+        let optional = [
             ("router_bias", &self.router_bias, vec![e]),
             ("selection_bias", &x.selection_bias, vec![e]),
             ("per_expert_scale", &x.per_expert_scale, vec![e]),
@@ -154,7 +154,7 @@ impl MoeWeights {
             ("shared_gate", &x.shared_gate, vec![config.num_gated_shared() as usize, h]),
         ];
         for (name, values, shape) in optional {
-            tensors.extend(values.as_deref().map(|values| (name, values, shape)));
+            tensors.extend(values.as_deref().map(|values: &[f32]| (name, values, shape)));
         }
         tensors
     }
@@ -199,7 +199,8 @@ impl MoeWeights {
         let shared = c.shared.is_some();
         let is = |tensor: &Option<Vec<f32>>| tensor.is_some();
         for (tensor, there, needed) in [
-            ("gate_proj", !self.gate_proj.is_empty(), gated),
+            // Of a matrix that is needed, the length says that it is missing.
+            ("gate_proj", gated || !self.gate_proj.is_empty(), gated),
             ("router_noise", is(&x.router_noise), routing.noise == Noise::NoisyTopK),
             ("group_router", is(&x.group_router), routing.scores == Scores::Hierarchical),
             ("token_table", x.token_table.is_some(), config.vocab_size().is_some()),

@@ -218,9 +218,10 @@ pub(super) fn norm<'a>(by: Renormalize, weights: impl Iterator<Item = &'a f64>) 
 fn sparsemixer_weights(logits: &[f64], chosen: &[u32], jitter: f64) -> Vec<f64> {
     let weight = |j: usize| {
         let Some(&s) = logits.get(chosen[j] as usize).filter(|s| **s > f64::NEG_INFINITY) else { return 0.0 };
-        let close = |l: f64| !((s - l) / l.abs().max(s) > 2.0 * jitter);
+        // 0 / 0, a NaN, is not far either.
+        let far = |l: f64| (s - l) / l.abs().max(s) > 2.0 * jitter;
         let left = (0..logits.len()).filter(|e| !chosen[..j].contains(&(*e as u32)));
-        let total: f64 = left.map(|e| logits[e]).filter(|&l| close(l)).map(|l| (l - s).exp()).sum();
+        let total: f64 = left.map(|e| logits[e]).filter(|&l| !far(l)).map(|l| (l - s).exp()).sum();
         1.0 / total
     };
     (0..chosen.len()).map(weight).collect()

@@ -174,9 +174,12 @@ fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgm
         golden.y = expected.iter().map(|&v| v as f32).collect();
     }
     let verdict = golden::compare(&golden, &y, &routing, golden::TOLERANCE);
+    let has_losses = golden.load_balancing_loss.is_some() || golden.router_z_loss.is_some();
+    let statistics = has_losses.then(|| layer.statistics()).transpose()?;
+    let losses = statistics.and_then(|found| golden::compare_losses(&golden, &found, golden::TOLERANCE));
     case.max_rel_error = finite(verdict.max_rel_error);
-    case.status = if verdict.reason.is_none() { Outcome::Pass } else { Outcome::Fail };
-    case.reason = verdict.reason;
+    case.reason = verdict.reason.or(losses);
+    case.status = if case.reason.is_none() { Outcome::Pass } else { Outcome::Fail };
     Ok(())
 }
 
