@@ -3,12 +3,12 @@
 
 mod support;
 
-use support::{Values, bits, gpu_context};
+use support::{Values, bits, gpu_context, read_buffer};
 use wgmoe::reference::{self, router::log_sum_exp};
 use wgmoe::{
     Activation, Batch, Capacity, CapacityLimit, Context, DROPPED, ExpertWeights, ExtraWeights, Form, Front, Function,
     GroupScore, Groups, LayerExtras, LayerOptions, Masked, MoeConfig, MoeLayer, MoeWeights, Noise, Norm, Priority, RankBy, Renormalize, Routing,
-    Scores, Selection, SharedExperts, SharedGate, SpecialKind,
+    Scores, Selection, SharedExperts, SharedGate, SpecialKind, wgpu,
 };
 
 /// A layer with everything that a pass may need.
@@ -441,5 +441,92 @@ fn an_expert_that_nobody_chooses_changes_no_bits() {
             layer.replace_expert(id, &ExpertWeights { router_row: vec![1.0; 64], ..unwanted }).expect("it fits");
             assert_ne!(bits(&layer.forward(&x).expect("it runs")), bits(&before));
         }
+    }
+}
+
+/// The pass in the caller's encoder, behind a router of the caller's: the bits of the calls that take slices.
+#[test]
+fn recorded_fronts_are_the_forward_ones() {
+    let Some(context) = gpu_context() else { return };
+    let gpu = context.gpu().expect("it is a GPU context");
+    let (device, queue) = (gpu.device(), gpu.queue());
+    let buffer = |content: &[u8], usage| {
+        let desc = wgpu::BufferDescriptor { label: None, size: content.len() as u64, usage, mapped_at_creation: true };
+        let buffer = device.create_buffer(&desc);
+        buffer.get_mapped_range_mut(..).expect("mapped at creation").copy_from_slice(content);
+        buffer.unmap();
+        buffer
+    };
+    let storage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
+    let mut values = Values(11);
+    for selection in [Selection::TopK, Selection::Given, Selection::TokenTable { vocab_size: 5 }] {
+        let routing = Routing { selection, ..Routing::new(Scores::Sigmoid, true) };
+        let config = MoeConfig::new(32, 16, 6, 2, routing, Activation::SWIGLU).expect("valid");
+        let mut weights = values.weights(&config);
+        weights.extras.token_table =
+            matches!(selection, Selection::TokenTable { .. }).then(|| vec![0, 1, 2, 3, 4, 5, 0, 2, 1, 5]);
+        let layer = MoeLayer::new(&context, config, &weights).expect("valid");
+        let tokens = 20u32;
+        let x = values.even(tokens as usize * 32);
+        let logits = values.even(tokens as usize * 6);
+        let experts: Vec<i32> = (0..tokens as i32 * 2).map(|a| if a % 9 == 8 { -1 } else { a * 5 % 6 }).collect();
+        let given = values.even(tokens as usize * 2);
+        let ids: Vec<u32> = (0..tokens).map(|t| t % 5).collect();
+
+        let [x_buffer, logits_buffer, given_buffer] =
+            [&x, &logits, &given].map(|values| buffer(bytemuck::cast_slice(values), storage));
+        let experts_buffer = buffer(bytemuck::cast_slice(&experts), storage);
+        let ids_buffer = buffer(bytemuck::cast_slice(&ids), storage);
+        let y = buffer(&vec![0; x.len() * 4], storage);
+        let run = |record: &dyn Fn(&mut wgpu::CommandEncoder) -> wgmoe::Result<()>| {
+            let mut encoder = device.create_command_encoder(&Default::default());
+            record(&mut encoder)?;
+            queue.submit([encoder.finish()]);
+            Ok::<_, wgmoe::Error>(bits(&read_buffer(device, queue, &y)))
+        };
+
+        let front = Front::Assignments { experts: &experts, weights: &given };
+        let expected = layer.forward_batch(&Batch { front, ..Batch::from(&x) }).expect("it runs");
+        assert_eq!(expected, layer.forward_with_assignments(&x, &experts, &given).expect("it runs"));
+        let both = [&experts_buffer, &given_buffer];
+        let got = run(&|encoder| layer.record_with_assignments(encoder, &x_buffer, both, &y, tokens));
+        assert_eq!(got.expect("it records"), bits(&expected), "{selection:?}: assignments");
+        assert!(layer.statistics().is_err(), "there are no logits to sum up");
+
+        let batch = Batch { token_ids: Some(&ids), experts: Some(&experts), ..Batch::from(&x) };
+        let got = run(&|encoder| match selection {
+            Selection::TopK => layer.record(encoder, &x_buffer, &y, tokens),
+            Selection::Given => layer.record_with_ids(encoder, &x_buffer, &experts_buffer, &y, tokens),
+            _ => layer.record_with_ids(encoder, &x_buffer, &ids_buffer, &y, tokens),
+        });
+        let expected = layer.forward_batch(&batch).expect("it runs");
+        assert_eq!(got.expect("it records"), bits(&expected), "{selection:?}: own router");
+        if selection == Selection::TopK {
+            let expected = layer.forward_with_logits(&x, &logits).expect("it runs");
+            let got = run(&|encoder| layer.record_with_logits(encoder, &x_buffer, &logits_buffer, &y, tokens));
+            assert_eq!(got.expect("it records"), bits(&expected), "logits");
+            assert_eq!(layer.routing().expect("a pass ran").router_logits, logits);
+            // Ids where there is nothing to choose by ids, and the other way round, say so.
+            assert!(run(&|encoder| layer.record_with_ids(encoder, &x_buffer, &ids_buffer, &y, tokens)).is_err());
+        } else {
+            assert!(run(&|encoder| layer.record(encoder, &x_buffer, &y, tokens)).is_err());
+            assert!(layer.upload(&x).is_err(), "a resident input has no ids");
+        }
+        let short = buffer(&[0; 16], storage);
+        assert!(run(&|encoder| layer.record_with_logits(encoder, &x_buffer, &short, &y, tokens)).is_err());
+    }
+}
+
+/// Whatever a layer has: once it has seen a batch, it allocates nothing more, and reads nothing back on the way.
+#[test]
+fn a_steady_state_allocates_nothing() {
+    let Some(context) = gpu_context() else { return };
+    for (seed, case) in decided_cases(14) {
+        let layer = MoeLayer::new(&context, case.config.clone(), &case.weights).expect("valid");
+        let first = layer.forward_batch(&case.batch()).expect("it runs");
+        let again = layer.forward_batch(&case.batch()).expect("it runs");
+        let stats = layer.pass_stats();
+        assert_eq!((stats.allocations, stats.readbacks), (0, 0), "seed {seed}");
+        assert_eq!(bits(&again), bits(&first), "seed {seed}");
     }
 }
