@@ -9,7 +9,7 @@ use std::error::Error;
 use std::sync::mpsc;
 use std::time::Duration;
 use wgmoe::wgpu::{self, BufferUsages};
-use wgmoe::{Activation, Context, MoeConfig, MoeLayer, MoeWeights, Routing, Scores, reference};
+use wgmoe::{Activation, Context, MoeConfig, MoeLayer, MoeWeights, Routing, reference};
 
 const HIDDEN_SIZE: usize = 96;
 const INTERMEDIATE_SIZE: usize = 40;

@@ -5,7 +5,7 @@
 //! WGMOE_ADAPTER=cpu cargo run --release --example hello_moe
 //! ```
 
-use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
+use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing};
 
 const HIDDEN_SIZE: usize = 64;
 const INTERMEDIATE_SIZE: usize = 32;

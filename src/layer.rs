@@ -33,7 +33,7 @@ pub struct LayerOptions {
 /// One MoE layer, resident on a device.
 ///
 /// ```
-/// use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
+/// use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing};
 ///
 /// let routing = Routing::softmax(true);
 /// let config = MoeConfig::new(8, 4, 2, 1, routing, Activation::SWIGLU)?; // hidden, intermediate, experts, top-k

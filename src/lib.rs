@@ -16,7 +16,7 @@
 //! # Example
 //!
 //! ```
-//! use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing, Scores};
+//! use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing};
 //!
 //! let routing = Routing::softmax(true);
 //! let config = MoeConfig::new(64, 32, 8, 2, routing, Activation::SWIGLU)?; // hidden, intermediate, experts, top-k
