@@ -1,12 +1,13 @@
 //! `wgmoe check`: are the numbers right, here and now? Made for CI.
 
 use crate::bench_table::plain_table;
+use crate::families::chosen;
 use crate::output::{Output, Status};
 use crate::{Matmul, Verdict, must_exist, open, unusable};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use wgmoe::golden::{self, GoldenCase};
-use wgmoe::{Context, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat, reference};
+use wgmoe::{Context, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat, reference};
 
 const EXAMPLES: &str = "\
 Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
@@ -20,7 +21,8 @@ not exist or an argument cannot be used.
 Examples:
   wgmoe check
   wgmoe check cases/ --device cpu
-  wgmoe check a.safetensors b.safetensors --json results.json";
+  wgmoe check a.safetensors b.safetensors --json results.json
+  wgmoe check a.safetensors --family mine.toml";
 
 /// Compare every kernel with its reference, or golden cases with what another implementation computed
 #[derive(clap::Args, Debug)]
@@ -33,6 +35,10 @@ pub struct Args {
     /// from the rounded weights. Golden cases only
     #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
     weights: WeightFormat,
+    /// Model family of the golden cases: a description of your own, or the name of a built-in one; without it, their
+    /// configurations decide
+    #[arg(long, value_name = "TOML|NAME")]
+    family: Option<String>,
     /// Grouped matmul: auto, tiled, subgroup or vec. Golden cases only: without a path, all are checked
     #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
     matmul: Matmul,
@@ -71,11 +77,12 @@ struct Report {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     let files = files(&args.paths)?;
+    let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let context = open(&device, output)?;
     let cases = if args.paths.is_empty() {
         check_kernels(&context, output)?
     } else {
-        files.iter().map(|file| check_file(file, args, &context, output)).collect()
+        files.iter().map(|file| check_file(file, args, family.as_ref(), &context, output)).collect()
     };
     let count = |status| cases.iter().filter(|case| case.status == status).count();
     let (passed, failed, unsupported) = (count(Outcome::Pass), count(Outcome::Fail), count(Outcome::Unsupported));
@@ -147,11 +154,17 @@ fn finite(value: f64) -> Option<f64> {
 }
 
 /// Runs one golden case. Whatever is wrong with it becomes its result and does not stop the others.
-fn check_file(file: &Path, args: &Args, context: &Context, output: &mut Output) -> Case {
+fn check_file(
+    file: &Path,
+    args: &Args,
+    family: Option<&Family>,
+    context: &Context,
+    output: &mut Output,
+) -> Case {
     let name = file.display().to_string();
     let mut case =
         Case { file: name, family: None, shape: None, status: Outcome::Pass, max_rel_error: None, reason: None };
-    if let Err(error) = run_case(file, args, context, &mut case) {
+    if let Err(error) = run_case(file, args, family, context, &mut case) {
         let unsupported = matches!(error, Error::Unsupported { .. });
         case.status = if unsupported { Outcome::Unsupported } else { Outcome::Fail };
         case.reason = Some(error.to_string());
@@ -160,8 +173,14 @@ fn check_file(file: &Path, args: &Args, context: &Context, output: &mut Output) 
     case
 }
 
-fn run_case(file: &Path, args: &Args, context: &Context, case: &mut Case) -> wgmoe::Result<()> {
-    let mut golden = GoldenCase::read(file, None)?;
+fn run_case(
+    file: &Path,
+    args: &Args,
+    family: Option<&Family>,
+    context: &Context,
+    case: &mut Case,
+) -> wgmoe::Result<()> {
+    let mut golden = GoldenCase::read(file, family)?;
     case.family = Some(golden.family.clone());
     let options = LayerOptions { weights: args.weights, matmul: args.matmul.0, ..Default::default() };
     let layer = MoeLayer::with_options(context, golden.config.clone(), &golden.weights, &options)?;

@@ -11,6 +11,7 @@
 mod bench;
 mod bench_table;
 mod check;
+mod families;
 mod info;
 mod output;
 mod run;
@@ -55,6 +56,7 @@ enum Command {
     Info(info::Args),
     Bench(bench::Args),
     Check(check::Args),
+    Families(families::Args),
     Run(run::Args),
     Shader(shader::Args),
 }
@@ -104,6 +106,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Info(args) => info::execute(args, device()?, output),
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
+        Command::Families(args) => families::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
     }

@@ -1,6 +1,7 @@
 //! `wgmoe run`: one layer of a checkpoint on real activations.
 
 use crate::bench_table::{number, seconds};
+use crate::families::chosen;
 use crate::output::Output;
 use crate::{Verdict, must_be_writable, must_exist, open, unusable, widen};
 use anyhow::Context as _;
@@ -10,7 +11,7 @@ use std::time::Instant;
 use wgmoe::bench::results::temporary_name;
 use wgmoe::model::checkpoint::{read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{Checkpoint, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat};
+use wgmoe::{Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
@@ -40,9 +41,9 @@ pub struct Args {
     /// Where to write the output
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Description of the model family, where it is not a built-in one
-    #[arg(long, value_name = "TOML")]
-    family: Option<PathBuf>,
+    /// Model family: a description of your own, or the name of a built-in one; without it, config.json decides
+    #[arg(long, value_name = "TOML|NAME")]
+    family: Option<String>,
     /// Storage of the expert weights: f32 or f16
     #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
     weights: WeightFormat,
@@ -75,13 +76,10 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     must_exist("FILE", &args.file)?;
     let (input, tensor) = split_input(&args.input)?;
     must_be_writable("--output", &args.output)?;
-    if let Some(family) = &args.family {
-        must_exist("--family", family)?;
-    }
+    let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let context = open(&device, output)?;
 
     let started = Instant::now();
-    let family = args.family.as_deref().map(Family::from_file).transpose()?;
     let loaded = Checkpoint::open(&args.file)?
         .load_layer(family.as_ref(), args.layer)
         .with_context(|| format!("cannot read layer {} of {}", args.layer, args.file.display()))?;

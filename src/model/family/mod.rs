@@ -163,6 +163,15 @@ impl Family {
         matches!(&self.body, Body::Rules(rules) if rules.is_stored_minus_one(norm))
     }
 
+    /// The layer that a `config.json` describes; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// [`Error::BadFile`] for a missing or mistyped key, [`Error::Unsupported`] for an activation or another choice
+    /// that is not known, [`Error::InvalidConfig`] for sizes out of range.
+    pub fn layer_config(&self, path: &Path, json: &[u8], layer: u32) -> Result<MoeConfig> {
+        self.moe_config(&ModelConfig::parse(path, json)?, layer)
+    }
+
     /// The layer that `config` describes.
     ///
     /// # Errors
@@ -213,83 +222,4 @@ fn bad(path: &Path, message: String) -> Error {
 
 pub(crate) fn names(families: &[Family]) -> String {
     families.iter().map(Family::name).collect::<Vec<_>>().join(", ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(json: &str) -> ModelConfig {
-        ModelConfig::parse(Path::new("config.json"), json.as_bytes()).expect("valid JSON in a test")
-    }
-
-    fn error(text: &str) -> String {
-        Family::from_toml(Path::new("mine.toml"), text).expect_err("a bad description").to_string()
-    }
-
-    #[test]
-    fn every_embedded_family_parses_and_finds_itself() {
-        for family in Family::builtin() {
-            assert_eq!(family.path(), Path::new(&format!("{}.toml", family.name())));
-            for model_type in family.model_types() {
-                assert_eq!(Family::detect(model_type).expect("listed").name(), family.name());
-            }
-        }
-        assert!(matches!(Family::detect("t5"), Err(Error::Unsupported { .. })));
-    }
-
-    #[test]
-    fn sizes_and_routing_come_from_the_configuration() {
-        let json = r#"{"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
-            "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "hidden_act": "silu"}"#;
-        let family = config(json).family().expect("qwen3_moe is built in");
-        let layer = family.moe_config(&config(json)).expect("complete");
-        assert_eq!((layer.hidden_size(), layer.intermediate_size()), (2048, 768));
-        assert_eq!((layer.num_experts(), layer.top_k()), (128, 8));
-        assert!(!layer.routing().renormalize, "without the key, qwen3_moe does not renormalise");
-        let renormalized = json.replacen('{', r#"{"norm_topk_prob": true, "#, 1);
-        assert!(family.moe_config(&config(&renormalized)).expect("complete").routing().renormalize);
-    }
-
-    #[test]
-    fn a_nested_text_config_is_preferred() {
-        let json = r#"{"model_type": "some_vl", "hidden_size": 1, "text_config": {"model_type": "olmoe",
-            "hidden_size": 64, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}}"#;
-        let family = config(json).family().expect("the text model is built in");
-        assert_eq!(family.moe_config(&config(json)).expect("complete").hidden_size(), 64);
-    }
-
-    #[test]
-    fn missing_mistyped_and_unsupported_keys_are_named() {
-        let olmoe = Family::detect("olmoe").expect("built in");
-        let message = |json: &str| olmoe.moe_config(&config(json)).expect_err("incomplete").to_string();
-        assert!(message("{}").contains(r#"lacks "hidden_size""#), "{}", message("{}"));
-        assert!(message(r#"{"hidden_size": -4}"#).contains(r#""hidden_size" of the configuration"#));
-        let gelu = olmoe.moe_config(&config(r#"{"hidden_act": "gelu"}"#)).expect_err("not implemented");
-        assert!(matches!(&gelu, Error::Unsupported { what, .. } if what.contains("gelu")), "{gelu}");
-        assert!(config("{}").family().expect_err("nothing to go by").to_string().contains("no model_type"));
-    }
-
-    #[test]
-    fn mistakes_are_named_with_their_line() {
-        let good = BUILTIN[0].1;
-        let cases = [
-            (good.replace("renormalize = true", "renormalise = true"), "unknown field `renormalise`", "renormalise"),
-            (good.replace("\"softmax\"", "\"sofmax\""), "`softmax`", "sofmax"),
-            (good.replace("renormalize = true", "renormalize = 3"), "expected a boolean", "renormalize = 3"),
-            (good.replace("default = \"silu\"", "fallback = \"silu\""), "unknown field `fallback`", "fallback"),
-            (good.replace("experts.{expert}.w1", "experts.{e}.w1"), "{expert}", "{e}"),
-            (good.replace("gate_up_proj = \"experts.gate_up_proj\"\n", ""), "either gate_proj and up_proj", ""),
-            (good.replace("name = \"mixtral\"", "name = 7"), "string", "name = 7"),
-        ];
-        for (text, expected, culprit) in cases {
-            let message = error(&text);
-            assert!(message.starts_with("mine.toml: line "), "{message}");
-            assert!(message.contains(expected), "{message}");
-            if !culprit.is_empty() {
-                let line = text.lines().position(|line| line.contains(culprit)).expect("the mistake is there") + 1;
-                assert!(message.contains(&format!("line {line}:")), "expected line {line}: {message}");
-            }
-        }
-    }
 }
