@@ -6,7 +6,11 @@ use std::path::{Path, PathBuf};
 use support::{gpu_context, variants};
 use wgmoe::golden::{self, GoldenCase, compare, compare_losses};
 use wgmoe::reference::moe_forward;
-use wgmoe::{Context, Error, LayerOptions, MatmulVariant, MoeLayer, Result, RoutingDecision};
+use wgmoe::model::checkpoint::read_tensor;
+use wgmoe::{
+    Activation, Context, Error, Function, LayerExtras, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
+    Result, Routing, RoutingDecision, SpecialKind,
+};
 
 /// Runs one case: its output and routing.
 type Engine<'a> = &'a dyn Fn(&GoldenCase) -> Result<(Vec<f32>, RoutingDecision)>;
@@ -155,5 +159,65 @@ fn wrong_engines_fail() {
             let verdict = compare(&case, &y, &routing, golden::TOLERANCE);
             assert!(!verdict.passed(), "{name} passed on {}", case.file.display());
         }
+    }
+}
+
+/// A router that is a network of its own is the caller's: here Zaya's, with the state that it carries from layer to
+/// layer, in plain loops. The layer behind it takes the logits; the last expert has no weights and gives nothing.
+#[test]
+fn a_router_network_of_the_caller_stands_in_front() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/router_network/zaya__t7_h72_i40_e8k1_eda_module.safetensors");
+    let io = |name: &str| read_tensor(&file, Some(name)).unwrap_or_else(|error| panic!("{error}")).0;
+    let tensor = |name: &str| io(&format!("model.layers.1.mlp.{name}"));
+    let linear = |x: &[f64], weight: &str, bias: Option<&str>| -> Vec<f64> {
+        let (weights, biases) = (tensor(weight), bias.map(tensor));
+        let row = |(n, row): (usize, &[f32])| {
+            let sum: f64 = row.iter().zip(x).map(|(&w, x)| f64::from(w) * x).sum();
+            sum + biases.as_ref().map_or(0.0, |bias| f64::from(bias[n]))
+        };
+        weights.chunks_exact(x.len()).enumerate().map(row).collect()
+    };
+    let gelu = |v: Vec<f64>| v.into_iter().map(|v| Function::Gelu.apply(v)).collect::<Vec<f64>>();
+
+    let (x, state, scale) = (io("io.hidden_states"), io("io.prev_router_hidden_states"), tensor("gate.router_states_scale"));
+    let norm = tensor("gate.router_mlp.norm.weight");
+    let mut logits = Vec::new();
+    for (token, state) in x.chunks_exact(72).zip(state.chunks_exact(32)) {
+        let token: Vec<f64> = token.iter().map(|&v| f64::from(v)).collect();
+        let mut r = linear(&token, "gate.down_proj.weight", Some("gate.down_proj.bias"));
+        r.iter_mut().zip(state).zip(&scale).for_each(|((r, &s), &scale)| *r += f64::from(s) * f64::from(scale));
+        let root = (r.iter().map(|v| v * v).sum::<f64>() / 32.0 + 1e-5).sqrt();
+        let normed: Vec<f64> = r.iter().zip(&norm).map(|(v, &w)| v / root * f64::from(w)).collect();
+        let h = gelu(linear(&normed, "gate.router_mlp.fc1.weight", Some("gate.router_mlp.fc1.bias")));
+        let h = gelu(linear(&h, "gate.router_mlp.fc2.weight", Some("gate.router_mlp.fc2.bias")));
+        logits.extend(linear(&h, "gate.router_mlp.out_proj.weight", None).into_iter().map(|l| l as f32));
+    }
+    for (found, expected) in logits.iter().zip(io("io.router_logits")) {
+        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+
+    let config = MoeConfig::new(72, 40, 9, 1, Routing::softmax(false), Activation::SWIGLU)
+        .and_then(|config| {
+            let extras = LayerExtras { special_experts: 1, special_kind: SpecialKind::Zero, ..LayerExtras::default() };
+            config.with_extras(extras)
+        })
+        .expect("a layer that can exist");
+    let both = tensor("experts.gate_up_proj"); // gate rows, then up rows, of each expert
+    let half = |first: usize| both.chunks_exact(40 * 72).skip(first).step_by(2).flatten().copied().collect();
+    let mut weights = MoeWeights {
+        router: vec![0.0; 9 * 72], // never asked
+        gate_proj: half(0),
+        up_proj: half(1),
+        down_proj: tensor("experts.down_proj"),
+        ..MoeWeights::default()
+    };
+    weights.extras.selection_bias = Some(tensor("gate.balancing_biases"));
+    let expected = io("io.output");
+    let most = expected.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    for context in [Some(Context::cpu()), gpu_context()].into_iter().flatten() {
+        let layer = MoeLayer::new(&context, config.clone(), &weights).expect("valid");
+        let y = layer.forward_with_logits(&x, &logits).expect("it runs");
+        let error = y.iter().zip(&expected).fold(0.0f32, |most, (y, e)| most.max((y - e).abs())) / most;
+        assert!(error < 1e-5, "{}: {error:e}", context.device().name);
     }
 }

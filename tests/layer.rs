@@ -165,12 +165,8 @@ fn check_routing(name: &str, case: &Case, routing: &RoutingDecision) -> router::
     });
 
     let own_logits: Vec<f64> = routing.router_logits.iter().map(|&l| f64::from(l)).collect();
-    let own = router::route(
-        config,
-        weights,
-        Logits { experts: own_logits.clone(), shared: Vec::new() },
-        &Batch::from(x),
-    );
+    let own =
+        router::route(config, weights, Logits { experts: own_logits.clone(), shared: Vec::new() }, &Batch::from(x));
     for (t, (got, logits)) in routing.topk_experts.chunks_exact(k).zip(own_logits.chunks_exact(e)).enumerate() {
         let best: Vec<u32> = top_k_indices(logits, k).into_iter().map(|e| e as u32).collect();
         assert_eq!(got, best, "{name}: experts of token {t}");

@@ -123,9 +123,7 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
             Stage::Combine => {
                 let Uniform::Moe(uniform) = dispatch.uniform else { panic!("not the uniform of combine") };
                 // Each lane takes four elements.
-                assert!(
-                    workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(uniform.hidden_stride)
-                );
+                assert!(workgroups * u64::from(4 * combine::WG_SIZE) >= tokens * u64::from(uniform.hidden_stride));
                 assert_eq!(uniform.first_column, combined, "slices follow each other");
                 combined += uniform.hidden_stride;
                 assert!(tokens * u64::from(config.hidden_size()) <= u64::from(u32::MAX));

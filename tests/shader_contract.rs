@@ -7,9 +7,7 @@ use naga::{AddressSpace, Module, ShaderStage, StorageAccess, TypeInner};
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
-use wgmoe::kernels::params::{
-    CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, StatisticsParams,
-};
+use wgmoe::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, StatisticsParams};
 use wgmoe::kernels::{self, Access, Kernel, Part, Stage};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest};
 use wgmoe::{Activation, MatmulVariant, MoeConfig, Routing, WeightFormat};

@@ -7,8 +7,8 @@ use support::{Values, bits, gpu_context, read_buffer};
 use wgmoe::reference::{self, router::log_sum_exp};
 use wgmoe::{
     Activation, Batch, Capacity, CapacityLimit, Context, DROPPED, ExpertWeights, ExtraWeights, Form, Front, Function,
-    GroupScore, Groups, LayerExtras, LayerOptions, Masked, MoeConfig, MoeLayer, MoeWeights, Noise, Norm, Priority, RankBy, Renormalize, Routing,
-    Scores, Selection, SharedExperts, SharedGate, SpecialKind, wgpu,
+    GroupScore, Groups, LayerExtras, LayerOptions, Masked, MoeConfig, MoeLayer, MoeWeights, Noise, Norm, Priority,
+    RankBy, Renormalize, Routing, Scores, Selection, SharedExperts, SharedGate, SpecialKind, wgpu,
 };
 
 /// A layer with everything that a pass may need.
@@ -92,7 +92,11 @@ fn random_case(seed: u64) -> Case {
         _ => Selection::TopK,
     };
     let top_k_selects = selection == Selection::TopK;
-    let keep = if top_k_selects && scores != Scores::Hierarchical { 1 + v.below(num_groups as usize) as u32 } else { num_groups };
+    let keep = if top_k_selects && scores != Scores::Hierarchical {
+        1 + v.below(num_groups as usize) as u32
+    } else {
+        num_groups
+    };
     let dense = matches!(selection, Selection::Dense | Selection::ExpertChoice);
     let top_k = if dense { e } else { 1 + v.below((keep * group_size).min(5) as usize) as u32 };
     let groups = (num_groups > 1 || scores == Scores::Hierarchical).then_some(Groups {
@@ -209,7 +213,11 @@ fn random_case(seed: u64) -> Case {
         routed_norm: extras.routed_norm.map(|_| norms(v, h)),
         output_norm: extras.output_norm.map(|_| norms(v, h)),
         output_bias: (v.below(5) == 0).then(|| v.even(h)),
-        shared_gate_proj: if shared.is_some_and(|s| s.activation.is_gated()) { scaled(v, num_shared * s * h, h) } else { Vec::new() },
+        shared_gate_proj: if shared.is_some_and(|s| s.activation.is_gated()) {
+            scaled(v, num_shared * s * h, h)
+        } else {
+            Vec::new()
+        },
         shared_up_proj: scaled(v, num_shared * s * h, h.max(1)),
         shared_down_proj: scaled(v, num_shared * h * s, s.max(1)),
         shared_gate: (config.num_gated_shared() > 0).then(|| scaled(v, config.num_gated_shared() as usize * h, h)),
@@ -264,8 +272,10 @@ fn difference(context: &Context, case: &Case) -> Option<String> {
         .or_else(|| close("shared weights", &routing.shared_weights, &expected.router.shared_weights, 1e-5))
         .or_else(|| close("logits", &routing.router_logits, &expected.router.router_logits, 1e-5))
         .or_else(|| close("y", &y, &expected.y, 1e-5))
-        .or_else(|| (routing.num_dropped != expected.router.topk_experts.iter().filter(|&&e| e == DROPPED).count())
-            .then(|| format!("{} dropped", routing.num_dropped)))
+        .or_else(|| {
+            (routing.num_dropped != expected.router.topk_experts.iter().filter(|&&e| e == DROPPED).count())
+                .then(|| format!("{} dropped", routing.num_dropped))
+        })
 }
 
 fn check_all(context: &Context, count: usize) {
@@ -320,7 +330,10 @@ fn statistics_are_those_of_the_definition() {
                 ("z-loss", got.router_z_loss, expected.router_z_loss),
                 ("entropy", got.entropy, expected.entropy),
             ] {
-                assert!((got - expected).abs() <= 1e-5 * expected.abs().max(0.1), "seed {seed}: {name} {got} {expected}");
+                assert!(
+                    (got - expected).abs() <= 1e-5 * expected.abs().max(0.1),
+                    "seed {seed}: {name} {got} {expected}"
+                );
             }
         }
     }

@@ -19,8 +19,8 @@ pub mod workload;
 
 pub use measure::{Bench, Outcome, Progress};
 pub use presets::Preset;
-pub use router::RouterTime;
 pub use results::{DeviceResult, Results, RooflineResult, Row, StageResult};
+pub use router::RouterTime;
 pub use stats::Summary;
 pub use verify::Verification;
 pub use workload::Workload;

@@ -1,9 +1,9 @@
 //! Results as they are written to disk. Field names are a promise: other programs read them.
 
 use crate::DeviceInfo;
+use crate::bench::router::RouterTime;
 use crate::error::{Error, Result};
 use crate::model::weights::WeightFormat;
-use crate::bench::router::RouterTime;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};

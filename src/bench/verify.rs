@@ -3,10 +3,10 @@
 //! The reference is slow on purpose, so for large layers it computes a sample of the tokens: a token's output does
 //! not depend on the others. The sample is spread over the whole batch, because a wrong grid shows at its ends.
 
+use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
-use crate::model::batch::Batch;
 use crate::reference::{self, router};
 use rayon::prelude::*;
 

@@ -51,7 +51,8 @@ pub(super) fn check(context: &Context, mut begin: impl FnMut(&str)) -> Result<Ve
         let routing = layer.routing()?;
         let most = expected.y.iter().fold(0.0f64, |most, v| most.max(v.abs()));
         let mut verdict = compare(&y, &expected.y, |_| golden::TOLERANCE * most);
-        if let Some(at) = (0..routing.topk_experts.len()).find(|&a| routing.topk_experts[a] != expected.router.topk_experts[a])
+        if let Some(at) =
+            (0..routing.topk_experts.len()).find(|&a| routing.topk_experts[a] != expected.router.topk_experts[a])
         {
             let (got, want) = (routing.topk_experts[at], expected.router.topk_experts[at]);
             verdict.reason = Some(format!("assignment {at} went to expert {got}, expected {want}"));
@@ -96,7 +97,10 @@ fn layers() -> Vec<(&'static str, Result<MoeConfig>)> {
     let plain = LayerExtras::default;
     let relu = Activation::plain(Function::Relu);
     vec![
-        ("deepseek_v3", layer(Routing { groups: Some(groups), ..sigmoid }, swiglu, 4, shared(SharedGate::None, swiglu))),
+        (
+            "deepseek_v3",
+            layer(Routing { groups: Some(groups), ..sigmoid }, swiglu, 4, shared(SharedGate::None, swiglu)),
+        ),
         (
             "deepseek_v4_hash",
             layer(
@@ -237,14 +241,17 @@ fn layers() -> Vec<(&'static str, Result<MoeConfig>)> {
                 plain(),
             ),
         ),
-        ("given", layer(Routing { selection: Selection::Given, ..sigmoid }, swiglu, 2, shared(SharedGate::Mix, swiglu))),
+        (
+            "given",
+            layer(Routing { selection: Selection::Given, ..sigmoid }, swiglu, 2, shared(SharedGate::Mix, swiglu)),
+        ),
     ]
 }
 
 /// The tensors that the configuration asks for beside those of every layer, and biases where there may be some.
 fn complete(mut weights: MoeWeights, config: &MoeConfig, index: u32) -> MoeWeights {
-    let [h, i, d, e] =
-        [config.hidden_size(), config.intermediate_size(), config.expert_size(), config.num_experts()].map(|n| n as usize);
+    let [h, i, d, e] = [config.hidden_size(), config.intermediate_size(), config.expert_size(), config.num_experts()]
+        .map(|n| n as usize);
     let weighted = config.num_weighted_experts() as usize;
     let mut state = index.wrapping_mul(0x9e37_79b9) | 1;
     // Multiples of 2^-8 from -1 to 1: sums of them are exact for a while, and every format holds them.

@@ -16,8 +16,8 @@ use crate::gpu::harness::{Harness, Output, POISON};
 use crate::kernels::Stage;
 use crate::kernels::matmul::MatmulChoice;
 use crate::model::activation::Activation;
-use crate::model::config::MoeConfig;
 use crate::model::batch::Batch;
+use crate::model::config::MoeConfig;
 use crate::model::routing::Routing;
 use crate::model::weights::{MoeWeights, WeightFormat};
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
@@ -171,11 +171,8 @@ impl<'a> Case<'a> {
         let logits = floats(&out[0]);
         let bias = self.weights.router_bias.as_deref();
         // sum |x| |w| of each logit bounds its rounding
-        let magnitudes = MoeWeights {
-            router: abs(&self.weights.router),
-            router_bias: bias.map(abs),
-            ..MoeWeights::default()
-        };
+        let magnitudes =
+            MoeWeights { router: abs(&self.weights.router), router_bias: bias.map(abs), ..MoeWeights::default() };
         let magnitude = router::router_logits(c, &magnitudes, &Batch::from(&abs(self.x))).experts;
         let verdict = compare(&logits, &self.expected.router.router_logits, |i| sum_bound(h + 1, magnitude[i]));
         if verdict.reason.is_some() {

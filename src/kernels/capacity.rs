@@ -36,7 +36,9 @@ pub fn rounds(capacity: &Capacity, selection: Selection, tokens: u32, top_k: u32
     let per_choice = u64::from(tokens.div_ceil(WG_SIZE)) + 8;
     let passes = match (selection, capacity.priority) {
         (Selection::ExpertChoice, _) => 35 * per_choice,
-        (_, Priority::Position) => u64::from((u64::from(tokens) * u64::from(top_k)).div_ceil(u64::from(WG_SIZE)) as u32) * 9,
+        (_, Priority::Position) => {
+            u64::from((u64::from(tokens) * u64::from(top_k)).div_ceil(u64::from(WG_SIZE)) as u32) * 9
+        }
         (_, Priority::Choice) => u64::from(top_k) * (10 * per_choice),
         (_, Priority::Score) => u64::from(top_k) * (44 * per_choice),
     };

@@ -98,15 +98,7 @@ pub fn kernel(rows: Rows, tail: Tail) -> Kernel {
         }
     }
     parts.push(wgsl!("combine"));
-    Kernel {
-        stage: Stage::Combine,
-        label,
-        parts,
-        bindings,
-        overrides,
-        workgroup_size: WG_SIZE,
-        needs_subgroups: false,
-    }
+    Kernel { stage: Stage::Combine, label, parts, bindings, overrides, workgroup_size: WG_SIZE, needs_subgroups: false }
 }
 
 /// Workgroups for `num_tokens` tokens and this many columns.

@@ -161,7 +161,9 @@ impl MatmulChoice {
             MatmulChoice::Vec { workgroup_size, k_lanes, .. } => {
                 MatmulChoice::Vec { workgroup_size, k_lanes, sorted: true }
             }
-            MatmulChoice::VecSubgroup { subgroup_size, .. } => MatmulChoice::VecSubgroup { subgroup_size, sorted: true },
+            MatmulChoice::VecSubgroup { subgroup_size, .. } => {
+                MatmulChoice::VecSubgroup { subgroup_size, sorted: true }
+            }
             other => other,
         }
     }

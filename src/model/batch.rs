@@ -124,7 +124,11 @@ impl Batch<'_> {
                 ids("experts", experts)?;
             }
             (Selection::Given, _, None) => {
-                return Err(Error::config("experts", "missing", "top_k for each token: this layer is told its choices"));
+                return Err(Error::config(
+                    "experts",
+                    "missing",
+                    "top_k for each token: this layer is told its choices",
+                ));
             }
             _ => {}
         }

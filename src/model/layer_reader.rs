@@ -147,7 +147,8 @@ impl LayerReader<'_> {
     fn find(&self, shards: &Shards) -> Result<Vec<Found>> {
         let mut found = Vec::new();
         for slot in crate::model::family::layout::SLOTS {
-            let (Some(TensorNames { names, optional }), Some(shape)) = (self.layout.names(slot), self.shape(slot)) else {
+            let (Some(TensorNames { names, optional }), Some(shape)) = (self.layout.names(slot), self.shape(slot))
+            else {
                 continue;
             };
             let there = names.iter().find(|name| {

@@ -45,10 +45,7 @@ pub fn stages(
     let rows = u64::from(router::num_rows(config));
     let first = |gated: bool| if gated { 2 } else { 1 };
     let mut stages = if logits_apart {
-        vec![
-            ("logits", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows)),
-            ("router", 0, 4 * (2 * t * rows + 2 * a)),
-        ]
+        vec![("logits", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows)), ("router", 0, 4 * (2 * t * rows + 2 * a))]
     } else {
         vec![("router", 2 * t * h * rows, 4 * (t * h + rows * h + t * rows + 2 * a))]
     };

@@ -4,8 +4,8 @@
 pub mod cost;
 pub mod device;
 pub mod grid;
-mod passes;
 pub mod pages;
+mod passes;
 pub mod variant;
 
 use crate::error::{Error, Result};

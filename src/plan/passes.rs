@@ -114,9 +114,7 @@ impl Builder<'_> {
         }
         if router::runs(c, kind.front) {
             let seen = match c.extras().router_norm {
-                Some(norm) => {
-                    self.norm(norm, "router_norm", x, "router_in", c.hidden_size(), params.num_tokens)?
-                }
+                Some(norm) => self.norm(norm, "router_norm", x, "router_in", c.hidden_size(), params.num_tokens)?,
                 None => x,
             };
             let mut buffers = vec![("x", seen.buffer)];
@@ -228,8 +226,7 @@ impl Builder<'_> {
     ) -> Result<RowsIn> {
         // The caller's buffer has no padding.
         let stride = if normed == "y" { width } else { pad4(width) };
-        let uniform =
-            NormParams { num_rows, width, v_stride: v.stride, normed_stride: stride, epsilon: norm.epsilon };
+        let uniform = NormParams { num_rows, width, v_stride: v.stride, normed_stride: stride, epsilon: norm.epsilon };
         let buffers = vec![("v", v.buffer), ("norm_weights", weights), ("normed", normed)];
         self.add(weights, norm::kernel(norm.scale_first), Uniform::Norm(uniform), num_rows.into(), buffers)?;
         Ok(RowsIn { buffer: normed, stride })
@@ -355,7 +352,8 @@ impl Builder<'_> {
             if let Some(norm) = extras.expert_out_norm {
                 let out = RowsIn { buffer: "expert_out", stride: expert_size };
                 let num_rows = params.num_assignments;
-                expert_out = self.norm(norm, "expert_out_norm", out, "expert_out_normed", c.expert_size(), num_rows)?.buffer;
+                expert_out =
+                    self.norm(norm, "expert_out_norm", out, "expert_out_normed", c.expert_size(), num_rows)?.buffer;
             }
             let uniform = MoeParams { hidden_stride: end_column - first_column, first_column, ..step };
             let mut buffers = vec![
@@ -389,7 +387,13 @@ impl Builder<'_> {
                     uniform.hidden_stride = hidden;
                     let workgroups = combine::workgroups(params.num_tokens, hidden);
                     let buffers = vec![("summed", current.buffer), ("y", out)];
-                    self.add("combine", combine::kernel(Rows::Summed, tail), Uniform::Moe(uniform), workgroups, buffers)?;
+                    self.add(
+                        "combine",
+                        combine::kernel(Rows::Summed, tail),
+                        Uniform::Moe(uniform),
+                        workgroups,
+                        buffers,
+                    )?;
                     RowsIn { buffer: out, stride: hidden }
                 }
             };
@@ -464,7 +468,14 @@ impl Builder<'_> {
             let mut buffers = buffers.to_vec();
             buffers.push(("weights", p.weights));
             let uniform = Uniform::Matmul(uniform);
-            self.dispatches.push(Dispatch { name: p.name, kernel: kernel.clone(), uniform, grid, page: index, buffers });
+            self.dispatches.push(Dispatch {
+                name: p.name,
+                kernel: kernel.clone(),
+                uniform,
+                grid,
+                page: index,
+                buffers,
+            });
         }
         Ok(())
     }

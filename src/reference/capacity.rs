@@ -29,9 +29,8 @@ pub fn capacity(config: &MoeConfig, mut router: Router, batch: &Batch<'_>) -> Ro
             }),
             (_, Priority::Position) => {}
             (_, Priority::Choice) => order.sort_by_key(|&(_, j)| j),
-            (_, Priority::Score) => order.sort_by(|&(t, j), &(u, k)| {
-                j.cmp(&k).then(descending(router.first_scores[t], router.first_scores[u]))
-            }),
+            (_, Priority::Score) => order
+                .sort_by(|&(t, j), &(u, k)| j.cmp(&k).then(descending(router.first_scores[t], router.first_scores[u]))),
         }
         let mut taken = vec![0; config.num_experts() as usize];
         for (t, j) in order {

@@ -56,7 +56,8 @@ pub fn router_logits(config: &MoeConfig, weights: &MoeWeights, batch: &Batch<'_>
                 _ => v,
             }
         };
-        let times = |rows: &[f32], row: usize| dot((0..hidden_size).map(seen), &rows[row * hidden_size..][..hidden_size]);
+        let times =
+            |rows: &[f32], row: usize| dot((0..hidden_size).map(seen), &rows[row * hidden_size..][..hidden_size]);
         let mut row = Vec::new();
         for e in 0..config.num_experts() as usize {
             let bias = weights.router_bias.as_ref().map_or(0.0, |bias| f64::from(bias[e]));

@@ -10,8 +10,10 @@ use crate::model::statistics::{SequenceSums, Statistics};
 pub fn statistics(config: &MoeConfig, router: &Router, tokens_per_sequence: usize) -> Statistics {
     let [e, top_k] = [config.num_experts(), config.top_k()].map(|n| n as usize);
     let mut sequences = Vec::new();
-    for (logits, experts) in
-        router.router_logits.chunks(tokens_per_sequence * e).zip(router.topk_experts.chunks(tokens_per_sequence * top_k))
+    for (logits, experts) in router
+        .router_logits
+        .chunks(tokens_per_sequence * e)
+        .zip(router.topk_experts.chunks(tokens_per_sequence * top_k))
     {
         let mut sums = SequenceSums::new(logits.len() / e, e);
         for row in logits.chunks_exact(e) {

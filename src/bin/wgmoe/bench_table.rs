@@ -38,8 +38,16 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
 
 /// The router alone.
 pub fn routers(times: &[RouterTime]) -> String {
-    let mut table =
-        plain_table(&["router", "experts", "tokens", "time", "selection", "reading logits", "x reading", "selection x"]);
+    let mut table = plain_table(&[
+        "router",
+        "experts",
+        "tokens",
+        "time",
+        "selection",
+        "reading logits",
+        "x reading",
+        "selection x",
+    ]);
     for time in times {
         let ratio = |s: f64| format!("{:.0}", s / time.read_s);
         table.add_row([

@@ -52,6 +52,11 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
     for column in table.column_iter_mut() {
         column.set_cell_alignment(comfy_table::CellAlignment::Left);
     }
+    // Some families have a dozen names; a terminal has its width, and a file gets a readable one.
+    table.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
+    if table.width().is_none() {
+        table.set_width(120);
+    }
     for row in &rows {
         table.add_row([row.name.to_owned(), row.model_types.join(" "), row.routing.clone(), row.layouts.join(" ")]);
     }
@@ -71,6 +76,7 @@ pub fn chosen(argument: &str, wanted: &str) -> anyhow::Result<Family> {
     if path.is_file() {
         return Ok(Family::from_file(path)?);
     }
-    let unknown = || unusable(format!("{argument} {wanted}: neither a file nor a built-in family; see `wgmoe families`"));
+    let unknown =
+        || unusable(format!("{argument} {wanted}: neither a file nor a built-in family; see `wgmoe families`"));
     Family::named(wanted).cloned().ok_or_else(unknown)
 }

@@ -1,8 +1,8 @@
 //! Passes on host data and on a resident input, their times, and the routing: all that submits and waits.
 
 use super::super::context::{read_mapped, write_mapped};
-use super::super::recorder::{PassStats, Recorder, StageTime, Timestamps, by_stage};
 use super::super::pipeline::pipeline;
+use super::super::recorder::{PassStats, Recorder, StageTime, Timestamps, by_stage};
 use super::{GpuLayer, Io, PassKey, State, UNIFORM_ALIGNMENT, submit_and_wait, unprepared};
 use crate::error::{Error, Result};
 use crate::kernels::params::{RouterParams, StatisticsParams};
@@ -389,12 +389,8 @@ impl GpuLayer {
             return Err(unsupported("a pass whose assignments were given", "give logits instead".to_owned()));
         }
         let tokens_per_sequence = state.last_sequence.unwrap_or(num_tokens);
-        let params = StatisticsParams {
-            num_tokens,
-            tokens_per_sequence,
-            num_experts: c.num_experts(),
-            top_k: c.top_k(),
-        };
+        let params =
+            StatisticsParams { num_tokens, tokens_per_sequence, num_experts: c.num_experts(), top_k: c.top_k() };
         let columns = u64::from(c.num_experts()) + 1;
         let sequences = u64::from(num_tokens / tokens_per_sequence);
         let storage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
