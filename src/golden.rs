@@ -161,7 +161,8 @@ impl GoldenCase {
         let mut ranks = if by_logits {
             experts
         } else {
-            let logits = Logits { experts, shared: vec![0.0; self.num_tokens * self.config.num_gated_shared() as usize] };
+            let logits =
+                Logits { experts, shared: vec![0.0; self.num_tokens * self.config.num_gated_shared() as usize] };
             route(&self.config, &self.weights, logits, &self.batch()).router_probs
         };
         if let Some(bias) = &self.weights.extras.selection_bias {
@@ -289,14 +290,20 @@ fn compare_routing(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64)
 fn compare_shared(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64) -> Option<String> {
     let expected = case.shared_weights.as_ref().filter(|weights| !weights.is_empty())?;
     if routing.shared_weights.len() != expected.len() {
-        return Some(format!("the routing has {} shared weights, expected {}", routing.shared_weights.len(), expected.len()));
+        return Some(format!(
+            "the routing has {} shared weights, expected {}",
+            routing.shared_weights.len(),
+            expected.len()
+        ));
     }
     let num_shared = expected.len() / case.num_tokens.max(1);
     for (at, (found, expected)) in routing.shared_weights.iter().zip(expected).enumerate() {
         let error = (f64::from(*found) - f64::from(*expected)).abs();
         if error.is_nan() || error > tolerance {
             let (t, s) = (at / num_shared, at % num_shared);
-            return Some(format!("token {t} gives shared expert {s} weight {found}, expected {expected}: error {error:.2e}"));
+            return Some(format!(
+                "token {t} gives shared expert {s} weight {found}, expected {expected}: error {error:.2e}"
+            ));
         }
     }
     None

@@ -1,4 +1,5 @@
 //! Every engine against golden files: blocks computed by somebody else's implementation (tests/golden/README.md).
+//! tests/families.rs does the same with the reference.
 
 mod support;
 
@@ -6,10 +7,10 @@ use std::path::{Path, PathBuf};
 use support::{gpu_context, variants};
 use wgmoe::golden::{self, GoldenCase, compare};
 use wgmoe::reference::moe_forward;
-use wgmoe::{Context, Error, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, MoeWeights, Result, RoutingDecision};
+use wgmoe::{Context, Error, LayerOptions, MatmulVariant, MoeLayer, Result, RoutingDecision};
 
-/// Runs one layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]` and its routing.
-type Engine<'a> = &'a dyn Fn(&MoeConfig, &MoeWeights, &[f32]) -> Result<(Vec<f32>, RoutingDecision)>;
+/// Runs the layer of a case on its input: `y [num_tokens, hidden_size]` and the routing.
+type Engine<'a> = &'a dyn Fn(&GoldenCase) -> Result<(Vec<f32>, RoutingDecision)>;
 
 fn golden_files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).expect("the folder of golden files should be readable");
@@ -50,7 +51,7 @@ fn check_all(name: &str, engine: Engine, cases: &[GoldenCase]) {
     let mut failures = Vec::new();
     let mut worst: f64 = 0.0;
     for case in cases {
-        let verdict = match engine(&case.config, &case.weights, &case.x) {
+        let verdict = match engine(case) {
             Ok((y, routing)) => compare(case, &y, &routing, golden::TOLERANCE),
             Err(error) => panic!("{name}: {}: {error}", case.file.display()),
         };
@@ -61,36 +62,28 @@ fn check_all(name: &str, engine: Engine, cases: &[GoldenCase]) {
     assert!(failures.is_empty(), "{name}: {} of {} failed:\n{}", failures.len(), cases.len(), failures.join("\n"));
 }
 
-fn reference(config: &MoeConfig, weights: &MoeWeights, x: &[f32]) -> Result<(Vec<f32>, RoutingDecision)> {
-    let forward = moe_forward(config, weights, x);
+fn reference(case: &GoldenCase) -> Result<(Vec<f32>, RoutingDecision)> {
+    let forward = moe_forward(&case.config, &case.weights, case.batch());
     let to_f32 = |values: &[f64]| values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
     let offsets = &forward.permutation.expert_offsets;
     let routing = RoutingDecision {
-        num_tokens: x.len() / config.hidden_size() as usize,
+        num_tokens: case.num_tokens,
         topk_experts: forward.router.topk_experts.clone(),
         topk_weights: to_f32(&forward.router.topk_weights),
+        shared_weights: to_f32(&forward.router.shared_weights),
         router_logits: to_f32(&forward.router.router_logits),
         tokens_per_expert: offsets.windows(2).map(|range| range[1] - range[0]).collect(),
+        ..RoutingDecision::default()
     };
     Ok((to_f32(&forward.y), routing))
 }
 
-#[test]
-fn the_reference_agrees_with_golden_files() {
-    check_all("reference", &reference, &own_cases());
-}
-
-#[test]
-fn the_reference_agrees_with_neighbouring_golden_files() {
-    check_all("reference", &reference, &neighbouring_cases());
-}
-
 /// A layer on `context`, with the variant that the plan chooses or another.
 fn check_context(context: &Context, matmul: Option<MatmulVariant>, cases: &[GoldenCase]) {
-    let engine = |config: &MoeConfig, weights: &MoeWeights, x: &[f32]| {
+    let engine = |case: &GoldenCase| {
         let options = LayerOptions { matmul, ..LayerOptions::default() };
-        let layer = MoeLayer::with_options(context, config.clone(), weights, &options)?;
-        Ok((layer.forward(x)?, layer.routing()?))
+        let layer = MoeLayer::with_options(context, case.config.clone(), &case.weights, &options)?;
+        Ok((layer.forward(&case.x)?, layer.routing()?))
     };
     let variant = matmul.map_or("", MatmulVariant::name);
     check_all(&format!("{} {variant}", context.device().name), &engine, cases);
@@ -111,17 +104,6 @@ fn the_gpu_agrees_with_golden_files() {
     }
 }
 
-#[test]
-fn every_family_is_covered_in_both_layouts() {
-    let cases = own_cases();
-    for family in wgmoe::Family::builtin() {
-        for layout in ["hub", "module"] {
-            let covered = cases.iter().any(|case| case.family == family.name() && case.layout == layout);
-            assert!(covered, "no case of family {} in layout {layout}", family.name());
-        }
-    }
-}
-
 /// A token on the edge between two experts would make a case a matter of luck.
 #[test]
 fn no_case_is_a_near_tie() {
@@ -130,6 +112,13 @@ fn no_case_is_a_near_tie() {
     let (gap, file) = smallest.min_by(|a, b| a.0.total_cmp(&b.0)).expect("some case has logits");
     println!("smallest gap between the last chosen and the first rejected logit: {gap:.1e} in {}", file.display());
     assert!(gap > 1e-4, "{}: {gap:.1e}", file.display());
+}
+
+/// The first choice is dropped, or its weight is too small for a part of it to count.
+fn hides_weights(case: &GoldenCase) -> bool {
+    let first = |values: &Option<Vec<f32>>| values.as_ref().and_then(|values| values.first().copied());
+    let dropped = case.topk_experts.as_ref().and_then(|experts| experts.first()) == Some(&wgmoe::DROPPED);
+    dropped || first(&case.topk_weights).is_none_or(|weight| weight.abs() < 0.02)
 }
 
 /// The comparison has teeth: an engine with any one of these mistakes fails on every case that can show it.
@@ -148,7 +137,10 @@ fn wrong_engines_fail() {
     ];
     for case in own_cases() {
         for (name, mistake) in mistakes {
-            let (mut y, mut routing) = reference(&case.config, &case.weights, &case.x).expect("the reference runs");
+            let (mut y, mut routing) = reference(&case).expect("the reference runs");
+            if name == "duplicate expert" && case.config.top_k() < 2 || name == "wrong weight" && hides_weights(&case) {
+                continue;
+            }
             mistake(&mut y, &mut routing);
             let verdict = compare(&case, &y, &routing, golden::TOLERANCE);
             assert!(!verdict.passed(), "{name} passed on {}", case.file.display());

@@ -147,7 +147,8 @@ impl LayerReader<'_> {
     fn find(&self, shards: &Shards) -> Result<Vec<Found>> {
         let mut found = Vec::new();
         for slot in crate::model::family::layout::SLOTS {
-            let (Some(TensorNames { names, optional }), Some(shape)) = (self.layout.names(slot), self.shape(slot)) else {
+            let (Some(TensorNames { names, optional }), Some(shape)) = (self.layout.names(slot), self.shape(slot))
+            else {
                 continue;
             };
             let there = names.iter().find(|name| {
@@ -164,6 +165,12 @@ impl LayerReader<'_> {
 
     fn name(&self, pattern: &str, item: usize) -> String {
         format!("{}{}", self.prefix, pattern.replace("{expert}", &item.to_string()))
+    }
+
+    /// One name, or one for each expert.
+    fn tensor_names(&self, tensor: &Found) -> Vec<String> {
+        let files = if self.is_stacked(tensor) { 1 } else { tensor.shape.count };
+        (0..files).map(|item| self.name(&tensor.pattern, item)).collect()
     }
 
     /// How a tensor is stored, from its type and from what lies beside it.
@@ -194,12 +201,11 @@ impl LayerReader<'_> {
     pub fn read(&self, mut shards: Shards) -> Result<ReadLayer> {
         let shards = &mut shards;
         let found = self.find(shards)?;
-        let mut used = BTreeSet::new();
+        self.check_all_used(shards, &found)?;
         let mut stored_as = BTreeSet::new();
         for tensor in &found {
-            self.check(shards, tensor, &mut used, &mut stored_as)?;
+            self.check(shards, tensor, &mut stored_as)?;
         }
-        self.check_all_used(shards, &used)?;
 
         let mut values: BTreeMap<&'static str, Vec<f32>> = BTreeMap::new();
         let mut token_table = None;
@@ -284,17 +290,8 @@ impl LayerReader<'_> {
     }
 
     /// Each file of a described tensor is there, readable and of the right shape.
-    fn check(
-        &self,
-        shards: &mut Shards,
-        tensor: &Found,
-        used: &mut BTreeSet<String>,
-        stored_as: &mut BTreeSet<String>,
-    ) -> Result<()> {
-        let Shape { count, .. } = tensor.shape;
-        let files = if tensor.pattern.contains("{expert}") { count } else { 1 };
-        for item in 0..files {
-            let name = self.name(&tensor.pattern, item);
+    fn check(&self, shards: &mut Shards, tensor: &Found, stored_as: &mut BTreeSet<String>) -> Result<()> {
+        for name in self.tensor_names(tensor) {
             let shapes = self.stored_shapes(tensor);
             match self.storage(shards, &name)? {
                 Storage::Plain => {
@@ -309,7 +306,6 @@ impl LayerReader<'_> {
                     check_shape(shards.file_of(&name)?, &name, &shapes)?;
                     self.fp8_blocks(shards, tensor, &scales)?;
                     stored_as.insert("F8_E4M3".to_owned());
-                    used.insert(scales);
                 }
                 Storage::Fp4 { bytes, scales } => {
                     let halved = |shape: &Vec<usize>| {
@@ -330,10 +326,8 @@ impl LayerReader<'_> {
                     }
                     check_shape(shards.file_of(&scales)?, &scales, &of_scales)?;
                     stored_as.insert("MXFP4".to_owned());
-                    used.extend([bytes, scales]);
                 }
             }
-            used.insert(name);
         }
         Ok(())
     }
@@ -469,7 +463,16 @@ impl LayerReader<'_> {
         ids.into_iter().map(id).collect()
     }
 
-    fn check_all_used(&self, shards: &Shards, used: &BTreeSet<String>) -> Result<()> {
+    fn check_all_used(&self, shards: &mut Shards, found: &[Found]) -> Result<()> {
+        let mut used = BTreeSet::new();
+        for name in found.iter().flat_map(|tensor| self.tensor_names(tensor)) {
+            match self.storage(shards, &name)? {
+                Storage::Plain => {}
+                Storage::Fp8 { scales } => drop(used.insert(scales)),
+                Storage::Fp4 { bytes, scales } => used.extend([bytes, scales]),
+            }
+            used.insert(name);
+        }
         let under_prefix = shards.file_of_tensor.range(self.prefix.to_owned()..).map(|(name, _)| name);
         let mut under_prefix = under_prefix.take_while(|name| name.starts_with(self.prefix));
         let unknown = |name: &&String| {

@@ -86,7 +86,11 @@ impl ModelConfig {
             };
             if let (Some(index), Some(Value::Array(entries))) = (index, at) {
                 let too_short = || {
-                    self.bad(format!("{:?} of the configuration has {} entries, none is {index}", key.text, entries.len()))
+                    self.bad(format!(
+                        "{:?} of the configuration has {} entries, none is {index}",
+                        key.text,
+                        entries.len()
+                    ))
                 };
                 at = Some(entries.get(index).ok_or_else(too_short)?);
             }

@@ -71,7 +71,8 @@ mod tests {
 
     #[test]
     fn small_floats_have_their_published_values() {
-        for (bits, expected) in [(0, 0.0), (1, 1.0 / 512.0), (0x38, 1.0), (0xb8, -1.0), (0x7e, 448.0), (8, 1.0 / 64.0)] {
+        for (bits, expected) in [(0, 0.0), (1, 1.0 / 512.0), (0x38, 1.0), (0xb8, -1.0), (0x7e, 448.0), (8, 1.0 / 64.0)]
+        {
             assert_eq!(fp8_e4m3(bits), expected);
         }
         assert!(fp8_e4m3(0x7f).is_nan() && fp8_e4m3(0xff).is_nan());

@@ -154,13 +154,7 @@ fn finite(value: f64) -> Option<f64> {
 }
 
 /// Runs one golden case. Whatever is wrong with it becomes its result and does not stop the others.
-fn check_file(
-    file: &Path,
-    args: &Args,
-    family: Option<&Family>,
-    context: &Context,
-    output: &mut Output,
-) -> Case {
+fn check_file(file: &Path, args: &Args, family: Option<&Family>, context: &Context, output: &mut Output) -> Case {
     let name = file.display().to_string();
     let mut case =
         Case { file: name, family: None, shape: None, status: Outcome::Pass, max_rel_error: None, reason: None };

@@ -71,6 +71,7 @@ pub fn chosen(argument: &str, wanted: &str) -> anyhow::Result<Family> {
     if path.is_file() {
         return Ok(Family::from_file(path)?);
     }
-    let unknown = || unusable(format!("{argument} {wanted}: neither a file nor a built-in family; see `wgmoe families`"));
+    let unknown =
+        || unusable(format!("{argument} {wanted}: neither a file nor a built-in family; see `wgmoe families`"));
     Family::named(wanted).cloned().ok_or_else(unknown)
 }

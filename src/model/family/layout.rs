@@ -128,14 +128,20 @@ impl Layout {
             check_placeholders(prefix, "{layer}").map_err(|message| ("prefix", message))?;
         }
         if self.prefixes.is_empty() {
-            return Err(("prefix", "prefix is missing: what stands in front of every name, \"\" for nothing".to_owned()));
+            return Err((
+                "prefix",
+                "prefix is missing: what stands in front of every name, \"\" for nothing".to_owned(),
+            ));
         }
         for (&slot, names) in &self.names {
             let known = if is_repeated(slot) { "{expert}" } else { "" };
             for name in &names.names {
                 check_placeholders(name, known).map_err(|message| (slot, message))?;
                 if self.flattened && is_repeated(slot) && !slot.starts_with("shared") && name.contains("{expert}") {
-                    return Err(("flattened", format!("flattened is about one tensor of all experts, {slot} has {{expert}}")));
+                    return Err((
+                        "flattened",
+                        format!("flattened is about one tensor of all experts, {slot} has {{expert}}"),
+                    ));
                 }
             }
         }
@@ -154,14 +160,18 @@ impl Layout {
             let message = "this layout must name either shared_gate_proj and shared_up_proj, or shared_gate_up_proj";
             return Err(("shared_down_proj", message.to_owned()));
         }
-        for (key, slots) in [("transposed", &self.transposed), ("interleaved", &self.interleaved), ("up_first", &self.up_first)]
+        for (key, slots) in
+            [("transposed", &self.transposed), ("interleaved", &self.interleaved), ("up_first", &self.up_first)]
         {
             if let Some(slot) = slots.iter().find(|slot| !self.has(slot)) {
                 return Err((key, format!("{key} is about {slot}, which this layout does not name")));
             }
         }
         if self.shared_gate_in_router && self.has("shared_gate") {
-            return Err(("shared_gate", "the shared gate is a tensor or the last rows of the router, not both".to_owned()));
+            return Err((
+                "shared_gate",
+                "the shared gate is a tensor or the last rows of the router, not both".to_owned(),
+            ));
         }
         Ok(())
     }
@@ -250,7 +260,8 @@ impl<'de> Deserialize<'de> for Layout {
                             Some(slot) => {
                                 let names = map.next_value::<OneOrMore>()?.0;
                                 let optional = names.iter().any(|name| name.ends_with('?'));
-                                let names = names.into_iter().map(|name| name.trim_end_matches('?').to_owned()).collect();
+                                let names =
+                                    names.into_iter().map(|name| name.trim_end_matches('?').to_owned()).collect();
                                 layout.names.insert(slot, TensorNames { names, optional });
                             }
                             None => {

@@ -211,6 +211,8 @@ impl Rules {
     /// The layer that the configuration describes.
     pub fn moe_config(&self, scope: Scope) -> Result<MoeConfig> {
         let sizes = &self.sizes;
+        let hidden_size = sizes.hidden_size.value("hidden_size", scope)?;
+        let intermediate_size = sizes.intermediate_size.value("intermediate_size", scope)?;
         let special = match &self.experts.special {
             Some(special) => special.count.optional(scope)?.unwrap_or(0),
             None => 0,
@@ -223,15 +225,8 @@ impl Rules {
             (_, None) => return Err(Error::config("top_k", "missing", "a setting in [sizes]: experts for each token")),
         };
         let routing = self.routing.routing(scope, select, num_experts, top_k)?;
-        MoeConfig::new(
-            sizes.hidden_size.value("hidden_size", scope)?,
-            sizes.intermediate_size.value("intermediate_size", scope)?,
-            num_experts,
-            top_k,
-            routing,
-            self.experts.activation(scope)?,
-        )?
-        .with_extras(self.extras(scope, special)?)
+        MoeConfig::new(hidden_size, intermediate_size, num_experts, top_k, routing, self.experts.activation(scope)?)?
+            .with_extras(self.extras(scope, special)?)
     }
 
     fn extras(&self, scope: Scope, special_experts: u32) -> Result<LayerExtras> {
@@ -342,7 +337,9 @@ impl Rules {
         for latent in ["latent_in", "latent_out"] {
             match (layout.has(latent), self.experts.latent_size.is_some()) {
                 (true, false) => return Err((latent, format!("{latent} needs latent_size in [experts]"))),
-                (false, true) => return Err(("prefix", format!("this layout must name {latent}: [experts] has latent_size"))),
+                (false, true) => {
+                    return Err(("prefix", format!("this layout must name {latent}: [experts] has latent_size")));
+                }
                 _ => {}
             }
         }
@@ -358,15 +355,22 @@ impl Rules {
             }
             Some(rules) => {
                 if !layout.has("shared_down_proj") {
-                    return Err(("prefix", "this layout must name shared_down_proj: there is a section [shared]".to_owned()));
+                    return Err((
+                        "prefix",
+                        "this layout must name shared_down_proj: there is a section [shared]".to_owned(),
+                    ));
                 }
                 let there = layout.has("shared_gate") || layout.shared_gate_in_router;
                 let gated = rules.gate.as_ref().is_some_and(|gate| gate.literal() != Some(SharedGate::None));
                 if there && !gated {
-                    return Err(("shared_gate", "shared_gate needs gate in [shared]: sigmoid, joint or mix".to_owned()));
+                    return Err((
+                        "shared_gate",
+                        "shared_gate needs gate in [shared]: sigmoid, joint or mix".to_owned(),
+                    ));
                 }
                 if gated && !there {
-                    let message = "this layout must name shared_gate, or say shared_gate_in_router: [shared] has a gate";
+                    let message =
+                        "this layout must name shared_gate, or say shared_gate_in_router: [shared] has a gate";
                     return Err(("prefix", message.to_owned()));
                 }
             }
@@ -410,7 +414,9 @@ impl RoutingRules {
             Select::TokenTable => Selection::TokenTable {
                 vocab_size: match &self.vocab_size {
                     Some(size) => size.value("vocab_size", scope)?,
-                    None => return Err(Error::config("vocab_size", "missing", "a setting in [routing]: rows of the table")),
+                    None => {
+                        return Err(Error::config("vocab_size", "missing", "a setting in [routing]: rows of the table"));
+                    }
                 },
             },
             Select::Given => Selection::Given,
@@ -566,9 +572,10 @@ impl ActivationRules<'_> {
             (FormName::Gated | FormName::Clamped | FormName::ClampedAfter, None) | (FormName::Gated, _) => Form::Gated,
             (FormName::Clamped, Some(limit)) => Form::Clamped { limit },
             (FormName::ClampedAfter, Some(limit)) => Form::ClampedAfter { limit },
-            (FormName::GptOss, _) => {
-                Form::GptOss { limit: needed(self.limit, "limit")?, alpha: value(self.alpha, "alpha", scope, 1.702)? as f32 }
-            }
+            (FormName::GptOss, _) => Form::GptOss {
+                limit: needed(self.limit, "limit")?,
+                alpha: value(self.alpha, "alpha", scope, 1.702)? as f32,
+            },
             (FormName::SoftCapped, _) => {
                 Form::SoftCapped { gate: needed(self.gate_cap, "gate_cap")?, up: needed(self.up_cap, "up_cap")? }
             }
@@ -654,15 +661,13 @@ impl SharedRules {
 
     fn check(&self) -> Result<(), (&'static str, String)> {
         self.activation.as_ref().map_or(Ok(()), check_function)?;
-        let own = [
-            ("limit", &self.limit),
-            ("alpha", &self.alpha),
-            ("gate_cap", &self.gate_cap),
-            ("up_cap", &self.up_cap),
-        ];
+        let own =
+            [("limit", &self.limit), ("alpha", &self.alpha), ("gate_cap", &self.gate_cap), ("up_cap", &self.up_cap)];
         if self.form.is_none() {
             return match own.into_iter().find(|(_, setting)| setting.is_some()) {
-                Some((key, _)) => Err((key, format!("{key} needs a form in [shared]; without one it is that of [experts]"))),
+                Some((key, _)) => {
+                    Err((key, format!("{key} needs a form in [shared]; without one it is that of [experts]")))
+                }
                 None => Ok(()),
             };
         }
