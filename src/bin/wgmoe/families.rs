@@ -53,7 +53,8 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
         column.set_cell_alignment(comfy_table::CellAlignment::Left);
     }
     for row in &rows {
-        table.add_row([row.name.to_owned(), row.model_types.join(" "), row.routing.clone(), row.layouts.join(" ")]);
+        let types: Vec<String> = row.model_types.chunks(2).map(|types| types.join(" ")).collect();
+        table.add_row([row.name.to_owned(), types.join("\n"), row.routing.clone(), row.layouts.join(" ")]);
     }
     output.line(&table.to_string());
     for row in &rows {

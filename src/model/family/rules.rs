@@ -415,7 +415,11 @@ impl RoutingRules {
                 vocab_size: match &self.vocab_size {
                     Some(size) => size.value("vocab_size", scope)?,
                     None => {
-                        return Err(Error::config("vocab_size", "missing", "a setting in [routing]: rows of the table"));
+                        return Err(Error::config(
+                            "vocab_size",
+                            "missing",
+                            "a setting in [routing]: rows of the table",
+                        ));
                     }
                 },
             },
