@@ -155,6 +155,7 @@ fn settings_compute() {
         7.0
     );
     assert_eq!(value("{ value = 1, divided_by = \"a\" }", "\"a\": 4", 0), 0.25);
+    assert_eq!(value("{ value = 1, minus = \"a\" }", "\"a\": 0.25", 0), 0.75);
     assert_eq!(value("{ from = [\"a\", \"b\"] }", "\"a\": null, \"b\": 6", 0), 6.0);
     assert_eq!(value("{ from = \"a\", times = 5, default = 9 }", "\"b\": 1", 0), 9.0);
     assert_eq!(value("{ from = \"a\", times = \"c\", default = 9 }", "\"a\": 1", 0), 9.0);
