@@ -419,7 +419,7 @@ fn read_experts(file: &mut TensorFile, shape: [usize; 2], num_experts: usize) ->
 mod tests {
     use super::*;
     use crate::model::activation::Activation;
-    use crate::model::routing::{Routing, Scores};
+    use crate::model::routing::Routing;
 
     /// 2 tokens, 2 of 3 experts, hidden size 2. Only what [`compare`] looks at is meaningful.
     fn case() -> (GoldenCase, Vec<f32>, RoutingDecision) {

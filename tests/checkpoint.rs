@@ -131,7 +131,7 @@ fn a_layer_is_found_across_shards_in_every_float_type() {
             assert_eq!(layer.prefix, "model.layers.1.mlp.");
             assert_eq!(layer.stored_as, [dtype.to_string()]);
             assert_eq!((layer.config.intermediate_size(), layer.config.top_k()), (I as u32, 2));
-            assert!(layer.config.routing().renormalize);
+            assert!(layer.config.routing().renormalize.is_some());
             assert_eq!(layer.weights.router, values("model.layers.1.mlp.gate.weight", E * H));
             let of = |projection| {
                 let name = |e| format!("model.layers.1.mlp.experts.{e}.{projection}.weight");

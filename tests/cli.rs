@@ -50,7 +50,7 @@ fn json(output: &Output) -> Value {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in ["info", "bench", "check", "run", "shader"] {
+    for command in ["info", "bench", "check", "families", "run", "shader"] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);
@@ -86,6 +86,8 @@ fn unusable_arguments_are_exit_code_2_and_name_the_argument() {
         (&["run", "Cargo.toml", "--input", "no-such-input:x", "--output", "y"], "no-such-input"),
         (&["run", "Cargo.toml", "--input", "Cargo.toml", "--output", "no-such-folder/y"], "no-such-folder"),
         (&["run", "Cargo.toml", "--input", "Cargo.toml", "--output", "y", "--family", "no.toml"], "no.toml"),
+        (&["check", "Cargo.toml", "--family", "no-such-family"], "no-such-family"),
+        (&["families", "--show", "no-such-family"], "no-such-family"),
         (&["shader", "no-such-kernel"], "combine"),
         (&["shader", "combine", "--to", "glsl"], "hlsl"),
     ];
@@ -319,4 +321,47 @@ fn the_device_option_wins_over_the_environment() {
     let file = golden("mixtral__t7_h72_i40_e8k2_hub.safetensors");
     assert_code(&run(&["check", text(&file)], "no such adapter"), 2);
     assert_code(&run(&["check", text(&file), "--device", "cpu"], "no such adapter"), 0);
+}
+
+#[test]
+fn families_are_listed_shown_and_chosen() {
+    let output = wgmoe(&["families", "--json", "-"]);
+    assert_code(&output, 0);
+    let rows = json(&output);
+    let rows = rows.as_array().expect("a list");
+    assert!(rows.iter().any(|row| row["name"] == "deepseek_v3" && row["unsupported"].is_null()));
+    assert!(rows.iter().any(|row| row["name"] == "zaya" && row["unsupported"].is_string()));
+    assert!(stderr(&output).contains("deepseek_v3") && stderr(&output).contains("zaya is not supported: its router"));
+
+    let shown = wgmoe(&["families", "--show", "qwen2_moe"]);
+    assert_code(&shown, 0);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mine = folder.path().join("mine.toml");
+    std::fs::write(&mine, stdout(&shown).replace("\"qwen2_moe\"", "\"mine\"")).expect("writable");
+    assert_code(&wgmoe(&["families", "--show", text(&mine)]), 0);
+
+    let case = golden("mixtral__t7_h72_i40_e8k2_hub.safetensors");
+    assert_code(&wgmoe(&["check", text(&case), "--family", "mixtral"]), 0);
+    let other = wgmoe(&["check", text(&case), "--family", "olmoe"]);
+    assert_code(&other, 1);
+    std::fs::write(&mine, "name = 3").expect("writable");
+    let broken = wgmoe(&["check", text(&case), "--family", text(&mine)]);
+    assert_code(&broken, 1);
+    assert!(stderr(&broken).contains("mine.toml: line 1"), "{}", stderr(&broken));
+}
+
+#[test]
+fn check_says_why_a_family_is_not_supported() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("zaya.safetensors");
+    let metadata = std::collections::HashMap::from([("config".to_owned(), "{\"model_type\": \"zaya\"}".to_owned())]);
+    let data = [0; 4];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &data).expect("consistent");
+    std::fs::write(&file, safetensors::serialize([("a", view)], Some(metadata)).expect("serializable"))
+        .expect("writable");
+    let output = wgmoe(&["check", text(&file), "--json", "-"]);
+    assert_code(&output, 1);
+    let report = json(&output);
+    assert_eq!(report["unsupported"], 1);
+    assert!(report["cases"][0]["reason"].as_str().is_some_and(|reason| reason.contains("network of several layers")));
 }

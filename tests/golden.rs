@@ -5,8 +5,8 @@ mod support;
 use std::path::{Path, PathBuf};
 use support::{gpu_context, variants};
 use wgmoe::golden::{self, GoldenCase, compare, compare_losses};
-use wgmoe::reference::moe_forward;
 use wgmoe::model::checkpoint::read_tensor;
+use wgmoe::reference::moe_forward;
 use wgmoe::{
     Activation, Context, Error, Function, LayerExtras, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
     Result, Routing, RoutingDecision, SpecialKind,
@@ -166,7 +166,8 @@ fn wrong_engines_fail() {
 /// layer, in plain loops. The layer behind it takes the logits; the last expert has no weights and gives nothing.
 #[test]
 fn a_router_network_of_the_caller_stands_in_front() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/router_network/zaya__t7_h72_i40_e8k1_eda_module.safetensors");
+    let file =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/router_network/zaya__t7_h72_i40_e8k1_eda_module.safetensors");
     let io = |name: &str| read_tensor(&file, Some(name)).unwrap_or_else(|error| panic!("{error}")).0;
     let tensor = |name: &str| io(&format!("model.layers.1.mlp.{name}"));
     let linear = |x: &[f64], weight: &str, bias: Option<&str>| -> Vec<f64> {
@@ -179,7 +180,8 @@ fn a_router_network_of_the_caller_stands_in_front() {
     };
     let gelu = |v: Vec<f64>| v.into_iter().map(|v| Function::Gelu.apply(v)).collect::<Vec<f64>>();
 
-    let (x, state, scale) = (io("io.hidden_states"), io("io.prev_router_hidden_states"), tensor("gate.router_states_scale"));
+    let (x, state, scale) =
+        (io("io.hidden_states"), io("io.prev_router_hidden_states"), tensor("gate.router_states_scale"));
     let norm = tensor("gate.router_mlp.norm.weight");
     let mut logits = Vec::new();
     for (token, state) in x.chunks_exact(72).zip(state.chunks_exact(32)) {

@@ -167,6 +167,12 @@ impl LayerReader<'_> {
         format!("{}{}", self.prefix, pattern.replace("{expert}", &item.to_string()))
     }
 
+    /// One name, or one for each expert.
+    fn tensor_names(&self, tensor: &Found) -> Vec<String> {
+        let files = if self.is_stacked(tensor) { 1 } else { tensor.shape.count };
+        (0..files).map(|item| self.name(&tensor.pattern, item)).collect()
+    }
+
     /// How a tensor is stored, from its type and from what lies beside it.
     fn storage(&self, shards: &mut Shards, name: &str) -> Result<Storage> {
         let [bytes, scales] = ["blocks", "scales"].map(|end| format!("{name}_{end}"));
@@ -195,12 +201,11 @@ impl LayerReader<'_> {
     pub fn read(&self, mut shards: Shards) -> Result<ReadLayer> {
         let shards = &mut shards;
         let found = self.find(shards)?;
-        let mut used = BTreeSet::new();
+        self.check_all_used(shards, &found)?;
         let mut stored_as = BTreeSet::new();
         for tensor in &found {
-            self.check(shards, tensor, &mut used, &mut stored_as)?;
+            self.check(shards, tensor, &mut stored_as)?;
         }
-        self.check_all_used(shards, &used)?;
 
         let mut values: BTreeMap<&'static str, Vec<f32>> = BTreeMap::new();
         let mut token_table = None;
@@ -285,17 +290,8 @@ impl LayerReader<'_> {
     }
 
     /// Each file of a described tensor is there, readable and of the right shape.
-    fn check(
-        &self,
-        shards: &mut Shards,
-        tensor: &Found,
-        used: &mut BTreeSet<String>,
-        stored_as: &mut BTreeSet<String>,
-    ) -> Result<()> {
-        let Shape { count, .. } = tensor.shape;
-        let files = if tensor.pattern.contains("{expert}") { count } else { 1 };
-        for item in 0..files {
-            let name = self.name(&tensor.pattern, item);
+    fn check(&self, shards: &mut Shards, tensor: &Found, stored_as: &mut BTreeSet<String>) -> Result<()> {
+        for name in self.tensor_names(tensor) {
             let shapes = self.stored_shapes(tensor);
             match self.storage(shards, &name)? {
                 Storage::Plain => {
@@ -310,7 +306,6 @@ impl LayerReader<'_> {
                     check_shape(shards.file_of(&name)?, &name, &shapes)?;
                     self.fp8_blocks(shards, tensor, &scales)?;
                     stored_as.insert("F8_E4M3".to_owned());
-                    used.insert(scales);
                 }
                 Storage::Fp4 { bytes, scales } => {
                     let halved = |shape: &Vec<usize>| {
@@ -331,10 +326,8 @@ impl LayerReader<'_> {
                     }
                     check_shape(shards.file_of(&scales)?, &scales, &of_scales)?;
                     stored_as.insert("MXFP4".to_owned());
-                    used.extend([bytes, scales]);
                 }
             }
-            used.insert(name);
         }
         Ok(())
     }
@@ -470,7 +463,16 @@ impl LayerReader<'_> {
         ids.into_iter().map(id).collect()
     }
 
-    fn check_all_used(&self, shards: &Shards, used: &BTreeSet<String>) -> Result<()> {
+    fn check_all_used(&self, shards: &mut Shards, found: &[Found]) -> Result<()> {
+        let mut used = BTreeSet::new();
+        for name in found.iter().flat_map(|tensor| self.tensor_names(tensor)) {
+            match self.storage(shards, &name)? {
+                Storage::Plain => {}
+                Storage::Fp8 { scales } => drop(used.insert(scales)),
+                Storage::Fp4 { bytes, scales } => used.extend([bytes, scales]),
+            }
+            used.insert(name);
+        }
         let under_prefix = shards.file_of_tensor.range(self.prefix.to_owned()..).map(|(name, _)| name);
         let mut under_prefix = under_prefix.take_while(|name| name.starts_with(self.prefix));
         let unknown = |name: &&String| {

@@ -94,7 +94,9 @@ impl TensorFile {
             other => Err(Error::Unsupported {
                 what: format!("type {other} of tensor {name:?} in {}", self.path.display()),
                 by: "as floating-point data".to_owned(),
-                hint: format!("{READABLE} are read"),
+                hint: format!(
+                    "{READABLE} are read; smaller types where their scales are beside them (docs/families.md)"
+                ),
             }),
         }
     }

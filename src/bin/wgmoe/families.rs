@@ -58,7 +58,8 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
         table.set_width(120);
     }
     for row in &rows {
-        table.add_row([row.name.to_owned(), row.model_types.join(" "), row.routing.clone(), row.layouts.join(" ")]);
+        let types: Vec<String> = row.model_types.chunks(2).map(|types| types.join(" ")).collect();
+        table.add_row([row.name.to_owned(), types.join("\n"), row.routing.clone(), row.layouts.join(" ")]);
     }
     output.line(&table.to_string());
     for row in &rows {

@@ -145,7 +145,7 @@ impl Layout {
                 }
             }
         }
-        for missing in ["router", "down_proj"].into_iter().filter(|slot| !self.has(slot)) {
+        if let Some(missing) = ["router", "down_proj"].into_iter().find(|slot| !self.has(slot)) {
             return Err(("prefix", format!("this layout must name {missing}")));
         }
         for [fused, gate, up] in FUSED {

@@ -211,6 +211,8 @@ impl Rules {
     /// The layer that the configuration describes.
     pub fn moe_config(&self, scope: Scope) -> Result<MoeConfig> {
         let sizes = &self.sizes;
+        let hidden_size = sizes.hidden_size.value("hidden_size", scope)?;
+        let intermediate_size = sizes.intermediate_size.value("intermediate_size", scope)?;
         let special = match &self.experts.special {
             Some(special) => special.count.optional(scope)?.unwrap_or(0),
             None => 0,
@@ -223,15 +225,8 @@ impl Rules {
             (_, None) => return Err(Error::config("top_k", "missing", "a setting in [sizes]: experts for each token")),
         };
         let routing = self.routing.routing(scope, select, num_experts, top_k)?;
-        MoeConfig::new(
-            sizes.hidden_size.value("hidden_size", scope)?,
-            sizes.intermediate_size.value("intermediate_size", scope)?,
-            num_experts,
-            top_k,
-            routing,
-            self.experts.activation(scope)?,
-        )?
-        .with_extras(self.extras(scope, special)?)
+        MoeConfig::new(hidden_size, intermediate_size, num_experts, top_k, routing, self.experts.activation(scope)?)?
+            .with_extras(self.extras(scope, special)?)
     }
 
     fn extras(&self, scope: Scope, special_experts: u32) -> Result<LayerExtras> {
@@ -420,7 +415,11 @@ impl RoutingRules {
                 vocab_size: match &self.vocab_size {
                     Some(size) => size.value("vocab_size", scope)?,
                     None => {
-                        return Err(Error::config("vocab_size", "missing", "a setting in [routing]: rows of the table"));
+                        return Err(Error::config(
+                            "vocab_size",
+                            "missing",
+                            "a setting in [routing]: rows of the table",
+                        ));
                     }
                 },
             },

@@ -41,6 +41,7 @@ struct Computed {
     times: Option<Operand>,
     divided_by: Option<Operand>,
     plus: Option<Operand>,
+    minus: Option<Operand>,
     default: Option<Rule>,
 }
 
@@ -145,7 +146,7 @@ impl Rule {
         };
         let number = |value: &Value| match value {
             Value::Number(_) => Ok(()),
-            other => Err(format!("{other} is not a number, which power, times, divided_by and plus need")),
+            other => Err(format!("{other} is not a number, which arithmetic needs")),
         };
         let inner = if computed.is_plain() { fits } else { &number };
         match &computed.source {
@@ -162,7 +163,11 @@ impl Rule {
 
 impl Computed {
     fn is_plain(&self) -> bool {
-        self.power.is_none() && self.times.is_none() && self.divided_by.is_none() && self.plus.is_none()
+        self.power.is_none()
+            && self.times.is_none()
+            && self.divided_by.is_none()
+            && self.plus.is_none()
+            && self.minus.is_none()
     }
 
     fn keys(&self) -> Vec<String> {
@@ -172,7 +177,7 @@ impl Computed {
         }
     }
 
-    /// `value ^ power * times / divided_by + plus`
+    /// `value ^ power * times / divided_by + plus - minus`
     fn evaluate(&self, scope: Scope) -> Result<Found> {
         let value = match self.source(scope)? {
             Ok(value) if !self.is_plain() => value,
@@ -186,8 +191,12 @@ impl Computed {
             number = number.powf(power);
         }
         type Apply = fn(f64, f64) -> f64;
-        let steps: [(&Option<Operand>, Apply); 3] =
-            [(&self.times, |a, b| a * b), (&self.divided_by, |a, b| a / b), (&self.plus, |a, b| a + b)];
+        let steps: [(&Option<Operand>, Apply); 4] = [
+            (&self.times, |a, b| a * b),
+            (&self.divided_by, |a, b| a / b),
+            (&self.plus, |a, b| a + b),
+            (&self.minus, |a, b| a - b),
+        ];
         for (operand, apply) in steps {
             match operand.as_ref().map(|operand| operand.evaluate(scope)).transpose()? {
                 None => {}
@@ -299,6 +308,7 @@ struct Written {
     times: Option<Operand>,
     divided_by: Option<Operand>,
     plus: Option<Operand>,
+    minus: Option<Operand>,
     if_layer_below: Option<Operand>,
     then: Option<Rule>,
     #[serde(rename = "else")]
@@ -321,6 +331,7 @@ impl Written {
                         times: self.times,
                         divided_by: self.divided_by,
                         plus: self.plus,
+                        minus: self.minus,
                         default: self.default,
                     })));
                 }
@@ -341,6 +352,7 @@ impl Written {
             times: self.times,
             divided_by: self.divided_by,
             plus: self.plus,
+            minus: self.minus,
             default: self.default,
         })))
     }
