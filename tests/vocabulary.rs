@@ -263,8 +263,8 @@ fn difference(context: &Context, case: &Case) -> Option<String> {
     }
     let close = |name: &str, got: &[f32], want: &[f64], bound: f64| {
         let scale = want.iter().fold(1e-30f64, |most, w| most.max(w.abs()));
-        let off = |(got, want): (&f32, &f64)| !((f64::from(*got) - want).abs() <= bound * scale);
-        let at = got.iter().zip(want).position(off);
+        let fits = |got: f32, want: f64| (f64::from(got) - want).abs() <= bound * scale; // not if either is NaN
+        let at = got.iter().zip(want).position(|(&got, &want)| !fits(got, want));
         (got.len() != want.len() || at.is_some())
             .then(|| format!("{name}[{at:?}] of {}: {:?}", want.len(), at.map(|at| (got[at], want[at]))))
     };
