@@ -94,9 +94,18 @@ fn layers() -> Vec<(&'static str, Result<MoeConfig>)> {
         renormalize_after: false,
         pass_through: false,
     };
+    // Enough experts for the logits to be a matmul of their own on software drivers.
+    let many = |routing, extras: LayerExtras| {
+        MoeConfig::new(512, 8, 256, 8, routing, swiglu).and_then(|config| config.with_extras(extras))
+    };
     let plain = LayerExtras::default;
     let relu = Activation::plain(Function::Relu);
     vec![
+        ("many_experts", many(Routing::softmax(true), plain())),
+        (
+            "many_experts_limited",
+            many(Routing { groups: Some(groups), ..sigmoid }, shared(SharedGate::Sigmoid, swiglu)),
+        ),
         (
             "deepseek_v3",
             layer(Routing { groups: Some(groups), ..sigmoid }, swiglu, 4, shared(SharedGate::None, swiglu)),

@@ -14,6 +14,9 @@ use crate::model::config::{Norm, SpecialKind};
 use crate::model::routing::{Masked, Noise, Selection};
 use std::ops::Range;
 
+/// Multiply-adds of a router from which on a dispatch of their own pays.
+const MANY_PRODUCTS: u64 = 1 << 22;
+
 /// Rows of numbers in a buffer.
 #[derive(Clone, Copy, Debug)]
 struct RowsIn {
@@ -79,12 +82,18 @@ pub(super) fn dispatches(
 }
 
 /// The router's dot products are worth a dispatch of their own: software drivers make them several times faster in the
-/// grouped matmul. Not where the caller pinned a variant, so that a token's logits do not depend on its batch.
+/// grouped matmul. Not where the caller pinned a variant, so that a token's logits do not depend on its batch; nor for
+/// little work, nor where expert outputs come in slices, which has enough dispatches already.
 pub(super) fn multiplies_before(plan: &LayerPlan, num_tokens: u32, kind: PassKind) -> bool {
     let jitters = kind.noise && matches!(plan.config.routing().noise, Noise::Jitter { .. });
     let pinned = plan.request != MatmulRequest::default();
     let has_matrix = !plan.pages("router_matrix").is_empty();
-    kind.front == FrontKind::Router && !jitters && !pinned && has_matrix && num_tokens > variant::FEW_TOKENS
+    let c = &plan.config;
+    let products = u64::from(num_tokens) * u64::from(router::num_rows(c)) * u64::from(c.hidden_size());
+    let assignments = num_tokens.saturating_mul(c.top_k());
+    let is_whole = plan.slice_width(assignments).is_ok_and(|width| width == pad4(c.expert_size()));
+    let is_much = num_tokens > variant::FEW_TOKENS && products >= MANY_PRODUCTS;
+    kind.front == FrontKind::Router && !jitters && !pinned && has_matrix && is_much && is_whole
 }
 
 impl Builder<'_> {
