@@ -132,8 +132,12 @@ step "unit, integration and doc tests" cargo test --release --no-fail-fast
 step "benches, each run once" cargo test --release --no-fail-fast --benches
 step "example hello_moe" cargo run --release --quiet --example hello_moe
 step "example bring_your_own_device" cargo run --release --quiet --example bring_your_own_device
+for example in adaptive_mixture hierarchical_mixture switch_transformer gshard_turing mixture_of_denoisers; do
+    step "example $example" cargo run --release --quiet --example "$example"
+done
 step "wgmoe check: kernels" "$wgmoe" check
 step "wgmoe check: golden files" "$wgmoe" check tests/golden
+step "wgmoe families" "$wgmoe" families
 
 # --- on a second software driver: other subgroup size, no f16, other compiler
 

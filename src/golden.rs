@@ -264,8 +264,14 @@ fn compare_routing(case: &GoldenCase, routing: &RoutingDecision, tolerance: f64)
         let experts = |order: &[(u32, usize)]| order.iter().map(|&(expert, _)| expert).collect::<Vec<_>>();
         let [found_set, expected_set] = [experts(&found), experts(&expected)];
         if found_set != expected_set {
+            let text = |set: &[u32]| {
+                let name = |&e: &u32| if e == DROPPED { "dropped".to_owned() } else { e.to_string() };
+                format!("[{}]", set.iter().map(name).collect::<Vec<_>>().join(", "))
+            };
             return Some(format!(
-                "token {t} got experts {found_set:?}, expected {expected_set:?}{}",
+                "token {t} got experts {}, expected {}{}",
+                text(&found_set),
+                text(&expected_set),
                 near_tie(case, t, &found_set, &expected_set)
             ));
         }

@@ -11,7 +11,9 @@
 //! ```
 //!
 //! Nothing in a pass is read back to the host. A batch of up to 16 tokens takes four dispatches (it skips permute),
-//! a larger one takes five, and each further page of weights adds one.
+//! a larger one takes five, and each further page of weights adds one. What only some layers have adds its own: shared
+//! experts two, a latent space two, a capacity one, each norm one. A layer's semantics are a [`MoeConfig`]: [`Routing`],
+//! [`Activation`] and [`LayerExtras`].
 //!
 //! # Example
 //!
@@ -49,6 +51,7 @@
 //! | what a pass will do, without a GPU | [`plan`] |
 //! | the kernels | [`kernels`], and `shaders/` in the repository |
 //! | checkpoints and model families | [`Checkpoint`], [`Family`] |
+//! | routers of every kind | [`model::routing`] |
 //! | measuring | [`mod@bench`] |
 //!
 //! # When not to use this

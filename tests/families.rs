@@ -201,6 +201,7 @@ fn configurations_that_contradict_themselves_name_the_key() {
         other => panic!("{json}: {other:?}"),
     };
     assert_eq!(field("\"n\": 3, \"keep\": 1"), "num_groups");
+    assert_eq!(field("\"n\": 3"), "num_groups", "also where all are kept");
     assert_eq!(field("\"n\": 4, \"keep\": 5"), "keep_groups");
     assert_eq!(field("\"n\": 8, \"keep\": 1"), "top_k");
     assert_eq!(field("\"most\": 0"), "capacity");
@@ -254,6 +255,10 @@ fn mistakes_are_named_with_their_line() {
         (good.replace("\"silu\"", "\"silu\"\nform = \"clamped\""), "this form needs limit", "form ="),
         (good.replace("\"silu\"", "\"silu\"\nlimit = 7"), "limit needs form", "limit"),
         (good.replace("\"silu\"", "\"silu\"\nform = \"plain\""), "have no gate", "gate_up_proj"),
+        (good.replace("gate_up_proj = \"gu\"", "up_proj = \"gu\""), "form = \"plain\"", "up_proj"),
+        (good.replace("default = 8", "default = \"h\""), "write { from = \"h\" }", "default ="),
+        (good.replace("default = 8", "times = h"), "in quotes", "times"),
+        (good.replace("\"silu\"", "\"silu\"\noutput_norm = 1e-6"), "{ epsilon = 1e-6 }", "output_norm"),
         (good.replace("\"silu\"", "\"silu\"\nlatent_size = 4"), "must name latent_in", ""),
         (format!("{good}[shared]\nwidth = 3\n"), "must name shared_down_proj", ""),
         (good.replace("scores = \"softmax\"", "scores = \"hierarchical\""), "needs num_groups", "hierarchical"),

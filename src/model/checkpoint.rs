@@ -201,9 +201,9 @@ impl Checkpoint {
             path: self.path.clone(),
             tensor: first.clone(),
             hint: format!(
-                "family {:?} found no MoE block at layer {layer} (also looked for {}); {}",
+                "family {:?} found no MoE block at layer {layer}{}; {}",
                 family.name(),
-                tried[1..].join(", "),
+                if tried.len() > 1 { format!(" (also looked for {})", tried[1..].join(", ")) } else { String::new() },
                 tensor_file::names_hint(self.file_of_tensor.keys(), self.file_of_tensor.len())
             ),
         })

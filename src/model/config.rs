@@ -188,7 +188,7 @@ impl MoeConfig {
             let joint = shared.gate == SharedGate::Joint;
             if joint && !matches!(self.routing.scores, Scores::Sigmoid | Scores::SqrtSoftplus | Scores::Raw) {
                 let expected = "scores of each expert for itself, such as sigmoid, for a joint gate";
-                return Err(Error::config("scores", format!("{:?}", self.routing.scores), expected));
+                return Err(Error::config("scores", self.routing.scores.name(), expected));
             }
             if shared.gate == SharedGate::Mix && shared.num != 1 {
                 return Err(Error::config("shared.num", shared.num, "1 for a gate that mixes"));

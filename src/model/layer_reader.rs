@@ -485,10 +485,18 @@ impl LayerReader<'_> {
             Some(extra) => Err(Error::Unsupported {
                 what: format!("tensor {extra:?} of {}", shards.path.display()),
                 by: format!("by family {:?} with {} experts", self.family.name(), self.config.num_experts()),
-                hint: format!(
-                    "the result would be wrong without it; {} would have to name it",
-                    self.family.path().display()
-                ),
+                hint: match self.layout.slot_of(&extra[self.prefix.len()..]) {
+                    Some(slot) => format!(
+                        "{} names it as {slot}, but by its settings this model has none: is a key of config.json \
+                         misspelt in what it belongs to (such as width, latent_size, select)?",
+                        self.family.path().display()
+                    ),
+                    None => format!(
+                        "the result would be wrong without it; {} would have to name it, or to list it under ignore \
+                         if it is no part of the layer",
+                        self.family.path().display()
+                    ),
+                },
             }),
         }
     }

@@ -41,6 +41,20 @@ pub enum Scores {
     Hierarchical,
 }
 
+impl Scores {
+    /// The name used in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scores::Softmax => "softmax",
+            Scores::SoftmaxSelected => "softmax_selected",
+            Scores::Sigmoid => "sigmoid",
+            Scores::SqrtSoftplus => "sqrt_softplus",
+            Scores::Raw => "raw",
+            Scores::Hierarchical => "hierarchical",
+        }
+    }
+}
+
 /// What experts are ranked by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -68,7 +68,12 @@ impl TensorFile {
     pub fn expect(&self, name: &str, shape: &[usize]) -> Result<()> {
         let info = self.info(name)?;
         if info.shape != shape {
-            return Err(self.mismatch(name, &format!("shape {shape:?}")));
+            let mut swapped = info.shape.clone();
+            if let [.., a, b] = &mut swapped[..] {
+                std::mem::swap(a, b);
+            }
+            let hint = if swapped == shape { "; the last two axes are swapped: is it `transposed`?" } else { "" };
+            return Err(self.mismatch(name, &format!("shape {shape:?}{hint}")));
         }
         self.readable(name, info)
     }
@@ -275,7 +280,9 @@ pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>> {
 /// "the file has 19 tensors: a, b, c, ..."
 pub(crate) fn names_hint<'a>(names: impl Iterator<Item = &'a String>, count: usize) -> String {
     const SHOWN: usize = 8;
-    let shown: Vec<&str> = names.take(SHOWN).map(String::as_str).collect();
+    // Of a golden file, the layer's tensors say more than those about its input and output.
+    let is_weight = |name: &&String| !["io.", "aux.", "grad."].iter().any(|own| name.starts_with(own));
+    let shown: Vec<&str> = names.filter(is_weight).take(SHOWN).map(String::as_str).collect();
     let more = if count > SHOWN { ", ..." } else { "" };
     format!("the file has {count} tensor(s): {}{more}", shown.join(", "))
 }

@@ -116,6 +116,18 @@ impl Layout {
         })
     }
 
+    /// The tensor that `name`, without the prefix, is called here.
+    pub fn slot_of(&self, name: &str) -> Option<&'static str> {
+        let is_it = |pattern: &String| match pattern.split_once("{expert}") {
+            Some((start, end)) => {
+                let number = name.strip_prefix(start).and_then(|rest| rest.strip_suffix(end));
+                number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+            }
+            None => pattern == name,
+        };
+        self.names.iter().find(|(_, names)| names.names.iter().any(is_it)).map(|(&slot, _)| slot)
+    }
+
     /// Tensors without which this is not the layout: the router and a first projection.
     pub fn landmarks(&self) -> impl Iterator<Item = &TensorNames> {
         let first = ["gate_up_proj", "gate_proj", "up_proj"].into_iter().find_map(|slot| self.names(slot));

@@ -88,7 +88,9 @@ impl Family {
         }
         let wrong = |error: toml::de::Error| {
             let at = error.span().map_or(String::new(), |span| format!("line {}: ", line_of(text, span.start)));
-            bad(path, format!("{at}{}", error.message()))
+            let unquoted = error.message().starts_with("invalid float") || error.message().contains("expected `nan`");
+            let hint = if unquoted { " (keys of config.json stand in quotes)" } else { "" };
+            bad(path, format!("{at}{}{hint}", error.message()))
         };
         let probe: Probe = toml::from_str(text).map_err(wrong)?;
         let body = if probe.unsupported.is_some() {

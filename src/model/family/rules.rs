@@ -118,7 +118,7 @@ struct SpecialRules {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table such as { epsilon = 1e-6 }")]
 struct NormRules {
     epsilon: Setting<f64>,
     #[serde(default)]
@@ -375,6 +375,19 @@ impl Rules {
                 }
             }
         }
+        let gated = |form: Option<&Setting<FormName>>| {
+            form.map_or(Some(FormName::Gated), Setting::literal).is_some_and(|form| form != FormName::Plain)
+        };
+        let own = self.experts.form.as_ref();
+        let of_shared = self.shared.as_ref().map(|shared| shared.form.as_ref().or(own));
+        for ([fused, gate, up], form) in [(FUSED[0], Some(own)), (FUSED[2], of_shared)] {
+            if form.is_some_and(gated) && layout.has(up) && !layout.has(gate) && !layout.has(fused) {
+                let message = format!(
+                    "{up} without {gate}: experts of any form but plain have a gate; name it, or say form = \"plain\""
+                );
+                return Err((up, message));
+            }
+        }
         let plain = |form: &Optional<FormName>| form.as_ref().and_then(Setting::literal) == Some(FormName::Plain);
         let gateless = [
             plain(&self.experts.form),
@@ -438,7 +451,7 @@ impl RoutingRules {
         Ok(Routing {
             rank_by: value(&self.rank_by, "rank_by", scope, RankBy::Scores)?,
             selection,
-            groups: self.groups(scope, scores, select)?,
+            groups: self.groups(scope, scores, select, num_experts)?,
             renormalize,
             scale: value(&self.scale, "scale", scope, 1.0)? as f32,
             logit_scale: value(&self.logit_scale, "logit_scale", scope, 1.0)? as f32,
@@ -451,10 +464,14 @@ impl RoutingRules {
     }
 
     /// One group, or none, restricts nothing.
-    fn groups(&self, scope: Scope, scores: Scores, select: Select) -> Result<Option<Groups>> {
+    fn groups(&self, scope: Scope, scores: Scores, select: Select, num_experts: u32) -> Result<Option<Groups>> {
         let Some(num_groups) = optional(&self.num_groups, scope)?.filter(|&groups| groups > 1) else {
             return Ok(None);
         };
+        if !num_experts.is_multiple_of(num_groups) {
+            let expected = format!("a divisor of num_experts, {num_experts}");
+            return Err(Error::config("num_groups", num_groups, expected));
+        }
         let keep = optional(&self.keep_groups, scope)?.unwrap_or(num_groups);
         // Groups are about top-k, and about hierarchical scores.
         if scores != Scores::Hierarchical && (select != Select::TopK || keep == num_groups) {

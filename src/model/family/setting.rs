@@ -291,8 +291,16 @@ impl Key {
 impl<'de, T: DeserializeOwned> Deserialize<'de> for Setting<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let rule = Rule::deserialize(deserializer)?;
-        rule.check(&|value| T::deserialize(value).map(|_| ()).map_err(|error| error.to_string()))
-            .map_err(D::Error::custom)?;
+        // A key's name in the place of a value is the most common slip.
+        let hint = |value: &Value| match value {
+            Value::String(key) => format!("; to read it from config.json write {{ from = {key:?} }}"),
+            _ => String::new(),
+        };
+        rule.check(&|value| {
+            let wrong = T::deserialize(value).err();
+            wrong.map_or(Ok(()), |error| Err(format!("{error}{}", hint(value))))
+        })
+        .map_err(D::Error::custom)?;
         Ok(Setting { rule, of: PhantomData })
     }
 }
