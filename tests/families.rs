@@ -257,7 +257,7 @@ fn mistakes_are_named_with_their_line() {
         (good.replace("\"silu\"", "\"silu\"\nform = \"plain\""), "have no gate", "gate_up_proj"),
         (good.replace("gate_up_proj = \"gu\"", "up_proj = \"gu\""), "form = \"plain\"", "up_proj"),
         (good.replace("default = 8", "default = \"h\""), "write { from = \"h\" }", "default ="),
-        (good.replace("default = 8", "times = h"), "in quotes", "times"),
+        (good.replace("default = 8", "times = n_experts"), "in quotes", "times"),
         (good.replace("\"silu\"", "\"silu\"\noutput_norm = 1e-6"), "{ epsilon = 1e-6 }", "output_norm"),
         (good.replace("\"silu\"", "\"silu\"\nlatent_size = 4"), "must name latent_in", ""),
         (format!("{good}[shared]\nwidth = 3\n"), "must name shared_down_proj", ""),
