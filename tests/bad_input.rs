@@ -537,7 +537,7 @@ fn surroundings_that_no_layer_has() {
     assert_names(shared(SharedExperts { num: 33, ..SHARED }), "shared.num", &["33", "1 to 32"]);
     assert_names(shared(SharedExperts { intermediate_size: 0, ..SHARED }), "shared.intermediate_size", &["0"]);
     let joint = SharedExperts { gate: SharedGate::Joint, ..SHARED };
-    assert_names(shared(joint), "scores", &["Softmax", "sigmoid", "joint"]);
+    assert_names(shared(joint), "scores", &["softmax", "sigmoid", "joint"]);
     assert_names(shared(SharedExperts { num: 2, gate: SharedGate::Mix, ..SHARED }), "shared.num", &["2", "1", "mixes"]);
     let clamped = Activation { form: Form::Clamped { limit: -1.0 }, function: Function::Silu };
     assert_names(shared(SharedExperts { activation: clamped, ..SHARED }), "shared.activation", &["-1", "positive"]);

@@ -250,6 +250,30 @@ fn run_writes_an_output_of_the_inputs_shape() {
     assert_eq!(std::fs::read_dir(folder.path()).expect("a folder").count(), 1, "no temporary file is left");
 }
 
+/// A layer that routes by token id, and one that counts within sequences: what they need beside activations arrives.
+#[test]
+fn run_takes_ids_and_sequences() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let written = folder.path().join("y.safetensors");
+    let hash = "deepseek_v4__t13_h56_i24_e8k3_hash_module.safetensors";
+    let switch = "switch_transformers__t32_h48_i40_e4k1_cap3_hub.safetensors";
+    for (case, layer, has_ids) in [(golden(hash), "0", true), (golden(switch), "1", false)] {
+        let (input, ids) = (format!("{}:io.hidden_states", text(&case)), format!("{}:io.input_ids", text(&case)));
+        let args = ["run", text(&case), "--layer", layer, "--input", &input, "--output", text(&written)];
+        if has_ids {
+            let output = wgmoe(&args);
+            assert_code(&output, 1);
+            assert!(stderr(&output).contains("token_ids"), "{}", stderr(&output));
+        }
+        let with_ids = ["--ids", &ids];
+        assert_code(&wgmoe(&[&args[..], if has_ids { &with_ids[..] } else { &[] }].concat()), 0);
+        let (y, _) = read_tensor(&written, None).expect("one tensor");
+        let (expected, _) = read_tensor(&case, Some("io.output")).expect("in the file");
+        let largest = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        assert!(y.iter().zip(&expected).all(|(y, e)| (y - e).abs() <= 1e-5 * largest));
+    }
+}
+
 #[test]
 fn run_refuses_what_it_cannot_use_and_writes_nothing() {
     let folder = tempfile::tempdir().expect("a temporary folder");

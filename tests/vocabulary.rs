@@ -293,7 +293,7 @@ fn check_all(context: &Context, count: usize) {
 #[test]
 fn every_layer_is_what_the_definition_says_on_the_gpu() {
     let Some(context) = gpu_context() else { return };
-    check_all(&context, 60);
+    check_all(&context, 150);
 }
 
 /// The comparison above can fail, for each thing that it compares.
@@ -549,5 +549,43 @@ fn a_steady_state_allocates_nothing() {
         let stats = layer.pass_stats();
         assert_eq!((stats.allocations, stats.readbacks), (0, 0), "seed {seed}");
         assert_eq!(bits(&again), bits(&first), "seed {seed}");
+    }
+}
+
+/// The most experts, the most choices, groups and a bias: still one router dispatch.
+#[test]
+fn limited_choice_among_the_most_experts_is_one_dispatch() {
+    let Some(context) = gpu_context() else { return };
+    let mut values = Values(21);
+    for (groups, keep) in [(8, 4), (128, 5), (2, 1)] {
+        let groups = Groups { num_groups: groups, keep, score: GroupScore::SumTop2, masked: Masked::NegInfinity };
+        let routing = Routing { groups: Some(groups), scale: 2.5, ..Routing::new(Scores::Sigmoid, true) };
+        let config = MoeConfig::new(24, 4, 1024, 32, routing, Activation::SWIGLU).expect("valid");
+        let mut weights = values.weights(&config);
+        weights.router.iter_mut().for_each(|w| *w *= 3.0);
+        weights.extras.selection_bias = Some(values.even(1024).into_iter().map(|b| 0.2 * b).collect());
+        let x = values.even(21 * 24);
+        let layer = MoeLayer::new(&context, config.clone(), &weights).expect("valid");
+        let names = |name: &str| layer.plan(21).expect("it fits").names().filter(|n| *n == name).count();
+        assert_eq!((names("router"), names("logits")), (1, 0));
+        let y = layer.forward(&x).expect("it runs");
+        let routing = layer.routing().expect("a pass ran");
+        // Among a thousand ranks some are close: the device's own logits decide, and of those it has to be right.
+        let experts = routing.router_logits.iter().map(|&l| f64::from(l)).collect();
+        let logits = reference::router::Logits { experts, shared: Vec::new() };
+        let own = reference::router::route(&config, &weights, logits, &Batch::from(&x));
+        let wrong = routing.topk_experts.iter().zip(&own.topk_experts).filter(|(a, b)| a != b).count();
+        assert!(wrong <= 2, "{wrong} of {} choices differ", own.topk_experts.len());
+        let group = |expert: &u32| expert / (1024 / groups.num_groups);
+        for chosen in routing.topk_experts.chunks_exact(32) {
+            let mut used: Vec<u32> = chosen.iter().map(group).collect();
+            used.sort_unstable();
+            used.dedup();
+            assert!(used.len() <= keep as usize, "{used:?}");
+        }
+        let expected = reference::forward_with_routing(&config, &weights, &x, own).y;
+        let most = expected.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+        let error = y.iter().zip(&expected).fold(0.0f64, |most, (y, e)| most.max((f64::from(*y) - e).abs())) / most;
+        assert!(wrong > 0 || error < 1e-5, "{error:e}");
     }
 }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-pub use crate::model::tensor_file::{read_tensor, write_tensor};
+pub use crate::model::tensor_file::{read_integers, read_tensor, write_tensor};
 
 const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The index of the largest published checkpoint is about 15 MB.

@@ -78,6 +78,21 @@ impl TensorFile {
         self.readable(name, info)
     }
 
+    /// `name`, or that of the only tensor.
+    fn named_or_only(&self, name: Option<&str>) -> Result<String> {
+        match (name, self.tensors.keys().next()) {
+            (Some(name), _) => Ok(name.to_owned()),
+            (None, Some(only)) if self.tensors.len() == 1 => Ok(only.clone()),
+            _ => Err(Error::BadFile {
+                path: self.path.clone(),
+                message: format!(
+                    "which of its tensors? name one; {}",
+                    names_hint(self.tensors.keys(), self.tensors.len())
+                ),
+            }),
+        }
+    }
+
     /// A [`Error::BadTensor`] for `name`, which must exist.
     pub fn mismatch(&self, name: &str, expected: &str) -> Error {
         Error::BadTensor {
@@ -203,25 +218,21 @@ impl TensorFile {
 /// [`Error::Unsupported`] for a type that is not F32, F16, BF16 or F64, [`Error::NonFinite`].
 pub fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<f32>, Vec<usize>)> {
     let mut file = TensorFile::open(path)?;
-    let name = match name {
-        Some(name) => name.to_owned(),
-        None => match file.tensors.keys().next() {
-            Some(only) if file.tensors.len() == 1 => only.clone(),
-            _ => {
-                return Err(Error::BadFile {
-                    path: path.to_owned(),
-                    message: format!(
-                        "which of its tensors? name one; {}",
-                        names_hint(file.tensors.keys(), file.tensors.len())
-                    ),
-                });
-            }
-        },
-    };
+    let name = file.named_or_only(name)?;
     let shape = file.info(&name)?.shape.clone();
     let mut values = Vec::new();
     file.read_f32(&name, 0..shape.iter().product(), &mut values)?;
     Ok((values, shape))
+}
+
+/// Reads one tensor of whole numbers, I32 or I64: `name`, or the only tensor of the file.
+///
+/// # Errors
+/// As [`read_tensor`].
+pub fn read_integers(path: &Path, name: Option<&str>) -> Result<Vec<i64>> {
+    let mut file = TensorFile::open(path)?;
+    let name = file.named_or_only(name)?;
+    file.read_integers(&name)
 }
 
 /// Writes a file with one F32 tensor. The content appears under `path` complete or not at all: it is written under a

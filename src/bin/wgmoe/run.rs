@@ -9,9 +9,9 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use wgmoe::bench::results::temporary_name;
-use wgmoe::model::checkpoint::{read_tensor, write_tensor};
+use wgmoe::model::checkpoint::{read_integers, read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat};
+use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
@@ -23,6 +23,7 @@ the input and is written as tensor \"output\", f32.
 Examples:
   wgmoe run model.safetensors --layer 3 --input x.safetensors --output y.safetensors
   wgmoe run Qwen3-30B-A3B/ --layer 0 --input acts.safetensors:hidden_states --output y.safetensors --weights f16
+  wgmoe run DeepSeek-V4/ --input acts.safetensors:x --ids acts.safetensors:input_ids --output y.safetensors
   wgmoe run mine.safetensors --family mine.toml --input x.safetensors --output y.safetensors --json -";
 
 /// Run one layer of a checkpoint on activations from a file
@@ -38,6 +39,9 @@ pub struct Args {
     /// Activations [..., hidden_size]; the tensor's name may be left out where the file holds only one
     #[arg(long, value_name = "FILE[:TENSOR]")]
     input: String,
+    /// For layers whose choices go by id: token ids [tokens], or experts [tokens, top_k] with -1 for nobody
+    #[arg(long, value_name = "FILE[:TENSOR]")]
+    ids: Option<String>,
     /// Where to write the output
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
@@ -74,7 +78,8 @@ struct Report {
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     must_exist("FILE", &args.file)?;
-    let (input, tensor) = split_input(&args.input)?;
+    let (input, tensor) = split_input("--input", &args.input)?;
+    let ids = args.ids.as_deref().map(|ids| split_input("--ids", ids)).transpose()?;
     must_be_writable("--output", &args.output)?;
     let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let context = open(&device, output)?;
@@ -85,6 +90,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         .with_context(|| format!("cannot read layer {} of {}", args.layer, args.file.display()))?;
     let (x, shape) = read_tensor(&input, tensor.as_deref())?;
     check_shape(&input, tensor.as_deref(), &shape, loaded.config.hidden_size())?;
+    let ids = ids.map(|(file, tensor)| read_integers(&file, tensor.as_deref())).transpose()?;
     let load_s = started.elapsed().as_secs_f64();
     let num_tokens = u32::try_from(x.len() / loaded.config.hidden_size() as usize).unwrap_or(u32::MAX);
     let needed = exceeds_webgpu_limits(&loaded.config, args.weights, num_tokens);
@@ -95,7 +101,15 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let layer = MoeLayer::with_options(&context, loaded.config.clone(), &loaded.weights, &options)?;
     let prepare_s = started.elapsed().as_secs_f64();
     let started = Instant::now();
-    let y = layer.forward(&x)?;
+    let given = Ids::of(ids.unwrap_or_default())?;
+    let batch = Batch {
+        // Sequences are the axis before the last, where there is one before that.
+        tokens_per_sequence: (shape.len() > 2).then(|| shape[shape.len() - 2] as u32).filter(|&tokens| tokens > 0),
+        token_ids: Some(&given.tokens),
+        experts: Some(&given.experts),
+        ..Batch::from(&x)
+    };
+    let y = layer.forward_batch(&batch)?;
     let forward_s = started.elapsed().as_secs_f64();
     let tokens_per_expert =
         if y.is_empty() { vec![0; loaded.config.num_experts() as usize] } else { layer.routing()?.tokens_per_expert };
@@ -125,8 +139,28 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     Ok(Verdict::Right)
 }
 
+/// The same numbers as token ids and as experts: the layer takes what it routes by.
+struct Ids {
+    tokens: Vec<u32>,
+    experts: Vec<i32>,
+}
+
+impl Ids {
+    fn of(ids: Vec<i64>) -> anyhow::Result<Self> {
+        let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
+        if let Some(id) = ids.iter().find(|id| !range.contains(id)) {
+            return Err(unusable(format!("--ids: {id} is no id")));
+        }
+        // -1 is no token: as a u32 it is beyond every table, which then says so.
+        Ok(Self {
+            tokens: ids.iter().map(|&id| id as u32).collect(),
+            experts: ids.iter().map(|&id| id as i32).collect(),
+        })
+    }
+}
+
 /// `file` or `file:tensor`. A file whose name has a colon in it wins.
-fn split_input(argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
+fn split_input(option: &str, argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
     if Path::new(argument).is_file() {
         return Ok((argument.into(), None));
     }
@@ -134,11 +168,11 @@ fn split_input(argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
         && Path::new(file).is_file()
     {
         if tensor.is_empty() {
-            return Err(unusable(format!("--input {argument}: the tensor's name after the colon is missing")));
+            return Err(unusable(format!("{option} {argument}: the tensor's name after the colon is missing")));
         }
         return Ok((file.into(), Some(tensor.to_owned())));
     }
-    Err(unusable(format!("--input {argument}: no such file")))
+    Err(unusable(format!("{option} {argument}: no such file")))
 }
 
 /// The last axis of the input must be the layer's width.
