@@ -6,6 +6,7 @@ pub mod batch;
 pub mod checkpoint;
 pub mod config;
 pub mod family;
+pub mod formats;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;
