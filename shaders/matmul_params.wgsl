@@ -10,7 +10,8 @@ struct MatmulParams {
     num_columns: u32,      // packed columns of this page
     begin_column: u32,     // columns of this page that are due: begin_column..end_column
     end_column: u32,
-    k4: u32,               // length of a packed weight row, in vec4
+    k4: u32,               // inputs of a weight row, in vec4
+    quad_stride: u32,      // vec4s of 16 bytes from four packed columns to the next four
     x_stride: u32,         // elements from one input row to the next
     out_stride: u32,       // elements from one output row to the next
     num_assignments: u32,  // rows; of the dense tiles: rows of one expert

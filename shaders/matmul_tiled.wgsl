@@ -73,7 +73,9 @@ fn fill_tiles(tile: Tile, first_quad: u32, num_quads: u32, k: u32, lane: u32) {
         let quad = i / TILE_K4;
         let at = k + i % TILE_K4;
         var w = mat4x4<f32>();
-        if at < params.k4 && quad < num_quads { w = load_weights4x4(first_quad + quad, at); }
+        if at < params.k4 && quad < num_quads {
+            w = load_weights4x4(first_quad + quad, at, load_scales(first_quad + quad, at));
+        }
         let place = 4u * (i % TILE_K4) * quads + quad;
         tile_w[place] = w[0];
         tile_w[place + quads] = w[1];

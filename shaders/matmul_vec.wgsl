@@ -27,14 +27,14 @@ fn grouped_matmul(group: u32, lane: u32) {
     let x0 = input_row(tile_row(tile, 0u));
     if tile.num_rows == 1u {
         for (var k = lane % K_LANES; k < params.k4; k += K_LANES) {
-            sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), load_weights4x4(quad, k));
+            sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), load_weights4x4(quad, k, load_scales(quad, k)));
         }
     } else {
         let x1 = input_row(tile_row(tile, 1u));
         let x2 = input_row(tile_row(tile, 2u));
         let x3 = input_row(tile_row(tile, 3u));
         for (var k = lane % K_LANES; k < params.k4; k += K_LANES) {
-            let w = load_weights4x4(quad, k);
+            let w = load_weights4x4(quad, k, load_scales(quad, k));
             sums.r0 = step(sums.r0, load_input4(x0, params.x_stride, k), w);
             sums.r1 = step(sums.r1, load_input4(x1, params.x_stride, k), w);
             sums.r2 = step(sums.r2, load_input4(x2, params.x_stride, k), w);

@@ -31,21 +31,27 @@ fn grouped_matmul(group: u32, invocation: u32) {
         sums.r0 = one_row(input_row(tile_row(tile, 0u)), quad, lane % 4u);
     } else if tile.num_rows == 2u {
         let row = input_row(tile_row(tile, lane % 2u));
-        for (var k = 0u; k < params.k4; k++) {
-            let w = load_weights4x4(quad, k);
-            let x = load_input4(row, params.x_stride, k);
-            sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
-            sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
+        for (var group = 0u; group < params.k4; group += SCALED_K4) {
+            let scales = load_scales(quad, group);
+            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
+                let w = load_weights4x4(quad, k, scales);
+                let x = load_input4(row, params.x_stride, k);
+                sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
+                sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
+            }
         }
     } else {
         let row = input_row(tile_row(tile, lane % 4u));
-        for (var k = 0u; k < params.k4; k++) {
-            let w = load_weights4x4(quad, k);
-            let x = load_input4(row, params.x_stride, k);
-            sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
-            sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
-            sums.r2 = step(sums.r2, subgroupBroadcast(x, 2u), w);
-            sums.r3 = step(sums.r3, subgroupBroadcast(x, 3u), w);
+        for (var group = 0u; group < params.k4; group += SCALED_K4) {
+            let scales = load_scales(quad, group);
+            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
+                let w = load_weights4x4(quad, k, scales);
+                let x = load_input4(row, params.x_stride, k);
+                sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
+                sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
+                sums.r2 = step(sums.r2, subgroupBroadcast(x, 2u), w);
+                sums.r3 = step(sums.r3, subgroupBroadcast(x, 3u), w);
+            }
         }
     }
     if column >= params.end_column { return; }
@@ -59,16 +65,20 @@ fn grouped_matmul(group: u32, invocation: u32) {
 // The sums of a tile of one row: four vec4 of its inputs for each load.
 fn one_row(row: u32, quad: u32, quarter: u32) -> vec4<f32> {
     var sums = vec4<f32>(0.0);
-    let whole = params.k4 / 4u * 4u;
-    for (var k = 0u; k < whole; k += 4u) {
-        let x = load_input4(row, params.x_stride, k + quarter);
-        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k));
-        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u));
-        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u));
-        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u));
-    }
-    for (var k = whole; k < params.k4; k++) {
-        sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k));
+    for (var group = 0u; group < params.k4; group += SCALED_K4) {
+        let scales = load_scales(quad, group);
+        let end = min(group + SCALED_K4, params.k4);
+        let whole = group + (end - group) / 4u * 4u;
+        for (var k = group; k < whole; k += 4u) {
+            let x = load_input4(row, params.x_stride, k + quarter);
+            sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k, scales));
+            sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u, scales));
+            sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u, scales));
+            sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u, scales));
+        }
+        for (var k = whole; k < end; k++) {
+            sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, scales));
+        }
     }
     return sums;
 }

@@ -1,12 +1,17 @@
 // weights_f16: expert weights stored as IEEE half floats, two to a u32. No entry point.
-// unpack2x16float is core WGSL: no SHADER_F16 needed. The layout is that of weights_f32.
+// unpack2x16float is core WGSL: no SHADER_F16 needed.
 
 @group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
 
-// Block k of column quad `quad` (expert within the page * num_columns / 4 + column / 4):
-// result[i] holds input 4*k + i of the four columns.
-fn load_weights4x4(quad: u32, k: u32) -> mat4x4<f32> {
-    let block = (quad * params.k4 + k) * 2u;
+alias Scales = u32;
+const SCALED_K4: u32 = 65536u;
+
+fn load_scales(quad: u32, k: u32) -> Scales {
+    return 0u;
+}
+
+fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
+    let block = quad * params.quad_stride + k * 2u;
     let low = weights[block];
     let high = weights[block + 1u];
     return mat4x4<f32>(

@@ -49,7 +49,7 @@ pub enum Error {
         num_tokens: u32,
     },
     /// A weight that the chosen storage format cannot hold.
-    #[error("{tensor} holds {value} at element {index}, which {format} cannot represent; store the weights as f32")]
+    #[error("{tensor} holds {value} at element {index}, which {format} cannot represent; use a format with wider scales, such as bf16 or f32")]
     NotRepresentable {
         /// Name of the tensor.
         tensor: String,
@@ -58,7 +58,7 @@ pub enum Error {
         /// The value itself.
         value: f32,
         /// The storage format.
-        format: &'static str,
+        format: String,
     },
     /// What the run needs is more than the adapter allows.
     #[error("{what} needs {required}, the device allows {available}; {hint}")]

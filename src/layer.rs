@@ -10,8 +10,10 @@ use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
 use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
+use crate::model::source::HostSource;
 use crate::model::statistics::Statistics;
-use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors, WeightFormat};
+use crate::model::formats::WeightFormat;
+use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors};
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -111,7 +113,9 @@ impl MoeLayer {
                 let tensors = OptionalTensors::of(weights);
                 let experts = config.num_experts();
                 let plan = LayerPlan::with_tensors(&config, tensors, options.weights, &device, &request, experts)?;
-                LayerEngine::Gpu(Box::new(gpu.explain(GpuLayer::new(gpu, plan, weights).await)?))
+                let mut source = HostSource { config: &config, weights, formats: plan.formats() };
+                let layer = GpuLayer::new(gpu, plan, weights, &mut source, &mut |_| {}).await;
+                LayerEngine::Gpu(Box::new(gpu.explain(layer)?))
             }
             Engine::Cpu => {
                 let layer = CpuLayer::new(config.clone(), weights, options.weights)?;

@@ -101,6 +101,7 @@ pub use model::routing::{
     RoutingDecision, Scores, Selection,
 };
 pub use model::statistics::Statistics;
-pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights, WeightFormat};
+pub use model::formats::{IntGroups, LayerFormats, WeightFormat};
+pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};
 pub use plan::Plan;
 pub use wgpu;

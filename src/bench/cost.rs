@@ -4,7 +4,7 @@
 //! a fraction of the roofline means the same for every variant and every device.
 
 use crate::model::config::MoeConfig;
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 
 /// Work that a pass cannot avoid.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,7 +22,8 @@ impl Cost {
         let [h, i, e, k] =
             [config.hidden_size(), config.intermediate_size(), config.num_experts(), config.top_k()].map(f64::from);
         let tokens = f64::from(num_tokens);
-        let expert_bytes = 3.0 * h * i * f64::from(format.bits()) / 8.0;
+        let quads = |columns: f64, inputs: u32| columns / 4.0 * format.quad_bytes(inputs) as f64;
+        let expert_bytes = 2.0 * quads(i, config.hidden_size()) + quads(h, config.intermediate_size());
         Cost {
             flops: 2.0 * tokens * k * 3.0 * h * i + 2.0 * tokens * h * e,
             bytes: f64::from(active_experts) * expert_bytes + 4.0 * (h * e + 2.0 * tokens * h),

@@ -8,7 +8,7 @@ use crate::bench::workload::Workload;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, Roofline, dense_matmul_time};
 use std::time::{Duration, Instant};
 

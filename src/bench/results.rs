@@ -3,7 +3,7 @@
 use crate::DeviceInfo;
 use crate::bench::router::RouterTime;
 use crate::error::{Error, Result};
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -16,7 +16,8 @@ use crate::model::activation::Activation;
 use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
 use crate::model::routing::{GroupScore, Groups, Masked, Routing, Scores};
-use crate::model::weights::{OptionalTensors, WeightFormat};
+use crate::model::formats::WeightFormat;
+use crate::model::weights::OptionalTensors;
 use crate::plan::{LayerPlan, MatmulRequest, PassKind};
 use serde::{Deserialize, Serialize};
 

@@ -19,7 +19,8 @@ use crate::model::activation::Activation;
 use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
 use crate::model::routing::Routing;
-use crate::model::weights::{MoeWeights, WeightFormat};
+use crate::model::formats::WeightFormat;
+use crate::model::weights::MoeWeights;
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
 use crate::reference::router::{self, Logits, Router};
 use crate::reference::{self, Forward, permute::Permutation};
@@ -75,7 +76,7 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
         for (f, &format) in WeightFormat::ALL.iter().enumerate() {
             let shape = format!("t{tokens} h{hidden} i{intermediate} e{experts} k{top_k} {}", format.name());
             progress(index * WeightFormat::ALL.len() + f, total, &shape);
-            let case = Case::new(&workload, &x, format, shape);
+            let case = Case::new(&workload, &x, format, shape)?;
             match context.engine() {
                 Engine::Gpu(gpu) => pollster::block_on(case.check_gpu(gpu, f == 0, &mut checks))?,
                 Engine::Cpu => checks.push(case.check_cpu()?),
@@ -94,7 +95,9 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
 /// One shape with its reference.
 struct Case<'a> {
     config: &'a MoeConfig,
-    weights: MoeWeights,
+    weights: &'a MoeWeights,
+    /// The weights as `format` holds them.
+    stored: MoeWeights,
     format: WeightFormat,
     x: &'a [f32],
     expected: Forward,
@@ -102,10 +105,10 @@ struct Case<'a> {
 }
 
 impl<'a> Case<'a> {
-    fn new(workload: &'a Workload, x: &'a [f32], format: WeightFormat, shape: String) -> Self {
-        let weights = workload.weights.rounded(format);
-        let expected = reference::moe_forward(&workload.config, &weights, x);
-        Self { config: &workload.config, weights, format, x, expected, shape }
+    fn new(workload: &'a Workload, x: &'a [f32], format: WeightFormat, shape: String) -> Result<Self> {
+        let stored = workload.weights.rounded(&workload.config, format)?;
+        let expected = reference::moe_forward(&workload.config, &stored, x);
+        Ok(Self { config: &workload.config, weights: &workload.weights, stored, format, x, expected, shape })
     }
 
     fn check_cpu(&self) -> Result<KernelCheck> {

@@ -71,7 +71,6 @@ impl CpuLayer {
     /// One expert as this layer stores them, checked.
     fn pack_expert(&self, expert: &ExpertWeights) -> Result<Experts> {
         expert.validate(&self.config)?;
-        expert.check_format(self.format)?;
         let first_bias = self.experts.first.has_bias();
         expert.check_optional(&OptionalTensors {
             router_bias: self.router.bias.is_some(),

@@ -7,7 +7,7 @@ use super::panels::{Line, Panels, WIDTH};
 use super::shared::SharedSlice;
 use crate::error::Result;
 use crate::model::activation::Activation;
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 

@@ -5,7 +5,7 @@
 //! A task streams one panel from beginning to end.
 
 use crate::error::{Error, Result};
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use bytemuck::Zeroable;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -57,6 +57,10 @@ impl Panels {
             WeightFormat::F16 => Lines::F16(pack(num_experts, columns, depth, row, |line: &mut HalfLine, j, w| {
                 line.0[j] = f16::from_f32(w);
             })?),
+            other => {
+                let by = "by the CPU engine".to_owned();
+                return Err(Error::Unsupported { what: other.name(), by, hint: "use f32 or f16".to_owned() });
+            }
         };
         Ok(Self { lines, columns, depth, bias: None })
     }

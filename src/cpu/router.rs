@@ -10,7 +10,8 @@ use crate::model::routing::{
     DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing, RoutingDecision, Scores,
     Selection,
 };
-use crate::model::weights::{MoeWeights, WeightFormat};
+use crate::model::formats::WeightFormat;
+use crate::model::weights::MoeWeights;
 use rayon::prelude::*;
 
 /// A router's weights. Matrices are f32 whatever the storage of the experts.

@@ -7,6 +7,7 @@ use super::recorder::Recorder;
 use super::weights::DeviceWeights;
 use crate::error::{Error, Result};
 use crate::kernels::Stage;
+use crate::model::source::HostSource;
 use crate::model::weights::MoeWeights;
 use crate::plan::{Dispatch, LayerPlan, Plan};
 use std::time::{Duration, Instant};
@@ -39,7 +40,9 @@ impl Output {
 
 impl<'a> Harness<'a> {
     pub(crate) async fn new(gpu: &'a Gpu, plan: &LayerPlan, weights: &MoeWeights) -> Result<Self> {
-        Ok(Self { gpu, weights: DeviceWeights::upload(gpu, plan, weights).await? })
+        let mut source = HostSource { config: plan.config(), weights, formats: plan.formats() };
+        let weights = DeviceWeights::upload(gpu, plan, weights, &mut source, &mut |_| {}).await?;
+        Ok(Self { gpu, weights })
     }
 
     /// Runs every dispatch of `stage` in `plan`, in order, on the given inputs, and returns the outputs' words. All its

@@ -7,6 +7,7 @@ use super::weights::DeviceWeights;
 use crate::error::{Error, Result};
 use crate::kernels::router::FrontKind;
 use crate::model::routing::RoutingDecision;
+use crate::model::source::ExpertSource;
 use crate::model::weights::{MoeWeights, OptionalTensors};
 use crate::plan::{LayerPlan, PassKind, Plan};
 use async_lock::Mutex;
@@ -88,10 +89,17 @@ struct Bound {
 }
 
 impl GpuLayer {
-    pub(crate) async fn new(gpu: &Gpu, plan: LayerPlan, weights: &MoeWeights) -> Result<Self> {
+    /// Experts from `source`, all else from `weights`. `progress(bytes)` is told what is on the device.
+    pub(crate) async fn new(
+        gpu: &Gpu,
+        plan: LayerPlan,
+        weights: &MoeWeights,
+        source: &mut dyn ExpertSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self> {
         let gpu = gpu.counting();
         let tensors = OptionalTensors::of(weights);
-        let weights = DeviceWeights::upload(&gpu, &plan, weights).await?;
+        let weights = DeviceWeights::upload(&gpu, &plan, weights, source, progress).await?;
         Ok(Self { gpu, plan, weights, tensors, state: Mutex::new(State::default()) })
     }
 

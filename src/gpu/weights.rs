@@ -1,12 +1,14 @@
-//! Expert weights on the device: blocks of 4 columns x 4 inputs, padded with zeros, in pages.
+//! Expert weights on the device: quads of columns, in pages, filled one expert after the other.
 
-use super::context::Gpu;
+use super::context::{Gpu, Signal, write_mapped};
 use crate::error::{Error, Result};
 use crate::kernels::matmul::LANE_COLUMNS;
 use crate::model::config::MoeConfig;
-use crate::model::weights::{MoeWeights, WeightFormat};
-use crate::plan::LayerPlan;
+use crate::model::formats;
+use crate::model::source::{ExpertKind, ExpertSource};
+use crate::model::weights::MoeWeights;
 use crate::plan::pages::WeightPage;
+use crate::plan::{LayerPlan, Matrix};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -23,23 +25,45 @@ pub(super) const USAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 impl DeviceWeights {
-    pub(super) async fn upload(gpu: &Gpu, plan: &LayerPlan, weights: &MoeWeights) -> Result<Self> {
-        let c = plan.config();
+    /// Everything but routed and shared experts from `weights`, those from `source`. `progress(bytes)` is called with
+    /// what is on the device so far.
+    pub(super) async fn upload(
+        gpu: &Gpu,
+        plan: &LayerPlan,
+        weights: &MoeWeights,
+        source: &mut dyn ExpertSource,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self> {
+        let mut uploader = Uploader::new(gpu);
         let mut pages = HashMap::new();
-        let router = router_rows(weights).concat();
         for matrix in plan.matrices() {
-            let source = match matrix.name {
-                "router_matrix" => PackedRows::router(c, &router),
-                name => PackedRows::of(name, c, weights),
-            };
-            let mut buffers = Vec::new();
-            for page in &matrix.pages {
-                buffers.push(upload_page(gpu, matrix.name, matrix.format, page, |e, n| source.row(e, n)).await?);
-            }
-            pages.insert(matrix.name, buffers);
+            pages.insert(matrix.name, empty_pages(gpu, matrix).await?);
         }
+        let mut done = 0;
+        for matrix in plan.matrices().iter().filter(|matrix| expert_matrix(matrix.name).is_none()) {
+            let rows = plain_rows(matrix.name, weights);
+            uploader.expert(matrix, &pages[matrix.name], 0, &rows).await?;
+            done += matrix.bytes();
+        }
+        let loads: Vec<(&Matrix, usize)> = plan
+            .matrices()
+            .iter()
+            .filter(|matrix| expert_matrix(matrix.name).is_some())
+            .flat_map(|matrix| (0..matrix.num_experts() as usize).map(move |expert| (matrix, expert)))
+            .collect();
+        let names: Vec<(&str, usize)> = loads.iter().map(|&(matrix, expert)| (matrix.name, expert)).collect();
+        let mut loads = loads.into_iter();
+        read_ahead(source, &names, async |rows| {
+            let Some((matrix, expert)) = loads.next() else { return Ok(()) };
+            uploader.expert(matrix, &pages[matrix.name], expert, &rows).await?;
+            done += matrix.bytes() / u64::from(matrix.num_experts());
+            progress(done);
+            Ok(())
+        })
+        .await?;
+        uploader.finish().await?;
         let mut vectors = HashMap::new();
-        for (name, words) in vectors_of(c, weights) {
+        for (name, words) in vectors_of(plan.config(), weights) {
             vectors.insert(name, gpu.filled_buffer(name, bytemuck::cast_slice(&words), USAGE).await?);
         }
         Ok(Self { pages, vectors })
@@ -54,57 +78,219 @@ impl DeviceWeights {
     }
 }
 
-/// Where the packed rows of a matrix come from.
-pub(super) struct PackedRows<'a> {
-    /// Alternate with those of `second` if there is one.
-    first: &'a [f32],
-    second: Option<&'a [f32]>,
-    rows: usize,
-    inputs: usize,
+/// Buffers for the pages of a matrix. Their content is zero.
+pub(super) async fn empty_pages(gpu: &Gpu, matrix: &Matrix) -> Result<Vec<wgpu::Buffer>> {
+    let mut buffers = Vec::new();
+    for page in &matrix.pages {
+        buffers.push(gpu.buffer(matrix.name, page.bytes, USAGE).await?);
+    }
+    Ok(buffers)
 }
 
-impl<'a> PackedRows<'a> {
-    pub(super) fn of(name: &str, c: &MoeConfig, weights: &'a MoeWeights) -> Self {
-        let [h, i, d] = [c.hidden_size(), c.intermediate_size(), c.expert_size()].map(|n| n as usize);
-        let s = c.extras().shared.map_or(0, |shared| shared.intermediate_size) as usize;
-        let x = &weights.extras;
-        let empty: &[f32] = &[];
-        let gated = |gate: &'a [f32], up: &'a [f32], is_gated: bool, rows, inputs| Self {
-            first: if is_gated { gate } else { up },
-            second: is_gated.then_some(up),
-            rows,
-            inputs,
-        };
-        let plain = |first: &'a [f32], rows, inputs| Self { first, second: None, rows, inputs };
-        match name {
-            "gate_up_weights" => gated(&weights.gate_proj, &weights.up_proj, c.activation().is_gated(), i, d),
-            "down_weights" => plain(&weights.down_proj, d, i),
-            "shared_gate_up_weights" => {
-                let is_gated = c.extras().shared.is_some_and(|shared| shared.activation.is_gated());
-                gated(&x.shared_gate_proj, &x.shared_up_proj, is_gated, s, h)
-            }
-            "shared_down_weights" => plain(&x.shared_down_proj, h, s),
-            "latent_in_weights" => plain(x.latent_in.as_deref().unwrap_or(empty), d, h),
-            _ => plain(x.latent_out.as_deref().unwrap_or(empty), h, d),
+/// Which matrix of which experts it is; `None`: none of experts.
+pub(super) fn expert_matrix(name: &str) -> Option<(ExpertKind, bool)> {
+    match name {
+        "gate_up_weights" => Some((ExpertKind::Routed, true)),
+        "down_weights" => Some((ExpertKind::Routed, false)),
+        "shared_gate_up_weights" => Some((ExpertKind::Shared, true)),
+        "shared_down_weights" => Some((ExpertKind::Shared, false)),
+        _ => None,
+    }
+}
+
+/// Packed rows of one matrix of one expert.
+pub(super) fn read_expert(source: &mut dyn ExpertSource, name: &str, expert: usize) -> Result<PackedRows> {
+    match expert_matrix(name) {
+        Some((kind, true)) => {
+            let [gate, up] = source.first(kind, expert)?;
+            Ok(if gate.is_empty() { PackedRows(up, None) } else { PackedRows(gate, Some(up)) })
         }
-    }
-
-    /// All rows of the router, as the matrix of one expert.
-    pub(super) fn router(c: &MoeConfig, rows: &'a [f32]) -> Self {
-        let inputs = c.hidden_size() as usize;
-        Self { first: rows, second: None, rows: rows.len() / inputs, inputs }
-    }
-
-    /// Packed row `column` of an expert; `None`: padding.
-    pub(super) fn row(&self, expert: usize, column: usize) -> Option<&'a [f32]> {
-        let (from, row) = match self.second {
-            Some(second) if !column.is_multiple_of(2) => (second, column / 2),
-            Some(_) => (self.first, column / 2),
-            None => (self.first, column),
-        };
-        (row < self.rows).then(|| from.get((expert * self.rows + row) * self.inputs..)?.get(..self.inputs)).flatten()
+        Some((kind, false)) => Ok(PackedRows(source.down(kind, expert)?, None)),
+        None => Err(Error::Device { during: "loading experts".to_owned(), message: format!("{name} is no expert's") }),
     }
 }
+
+/// Hands what `source` has for each of `names` to `take`, in order. Where there are threads, the next is read and packed
+/// while the last is on its way to the device.
+#[cfg(not(target_arch = "wasm32"))]
+pub(super) async fn read_ahead(
+    source: &mut dyn ExpertSource,
+    names: &[(&str, usize)],
+    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        // One waits, one is being read, one is being taken.
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        scope.spawn(move || {
+            for &(name, expert) in names {
+                let rows = read_expert(source, name, expert);
+                let failed = rows.is_err();
+                // Nobody takes it any more if taking failed.
+                if sender.send(rows).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        pollster::block_on(async {
+            for rows in receiver {
+                take(rows?).await?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// As above, one after the other.
+#[cfg(target_arch = "wasm32")]
+pub(super) async fn read_ahead(
+    source: &mut dyn ExpertSource,
+    names: &[(&str, usize)],
+    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
+) -> Result<()> {
+    for &(name, expert) in names {
+        take(read_expert(source, name, expert)?).await?;
+    }
+    Ok(())
+}
+
+/// Packed rows of one matrix of one expert; those of the second, if there are any, alternate with those of the first.
+pub(super) struct PackedRows(pub(super) Vec<u8>, pub(super) Option<Vec<u8>>);
+
+impl PackedRows {
+    /// The row that is packed column `column`; `None`: padding.
+    fn row(&self, column: usize, row_bytes: usize) -> Option<&[u8]> {
+        let (from, row) = match &self.1 {
+            Some(second) if !column.is_multiple_of(2) => (second, column / 2),
+            Some(_) => (&self.0, column / 2),
+            None => (&self.0, column),
+        };
+        from.get(row * row_bytes..(row + 1) * row_bytes)
+    }
+
+    /// Columns `first_column..` of the matrix as a device has them, in parallel: `packed` is whole quads.
+    pub(super) fn pack(&self, matrix: &Matrix, first_column: usize, packed: &mut [u8]) {
+        let inputs = matrix.inputs as usize;
+        let row_bytes = matrix.format.layout(inputs).bytes;
+        packed.par_chunks_exact_mut(matrix.quad_bytes()).enumerate().for_each(|(quad, packed)| {
+            let column = first_column + quad * QUAD;
+            let rows: [Option<&[u8]>; QUAD] = std::array::from_fn(|i| self.row(column + i, row_bytes));
+            formats::interleave(matrix.format, inputs, rows, |_, place| place, packed);
+        });
+    }
+}
+
+/// Rows of a matrix that is not an expert's: the router's, or those into and out of a latent space.
+pub(super) fn plain_rows(name: &str, weights: &MoeWeights) -> PackedRows {
+    let x = &weights.extras;
+    let rows = match name {
+        "router_matrix" => router_rows(weights).concat(),
+        "latent_in_weights" => x.latent_in.clone().unwrap_or_default(),
+        _ => x.latent_out.clone().unwrap_or_default(),
+    };
+    PackedRows(bytemuck::cast_slice(&rows).to_vec(), None)
+}
+
+/// Bytes on their way to the device at a time.
+const STAGING_BYTES: usize = 8 << 20;
+
+/// Copies to the device through two buffers that stay mapped between copies: while one is on its way, the other is
+/// filled.
+pub(super) struct Uploader<'g> {
+    gpu: &'g Gpu,
+    staging: Vec<(wgpu::Buffer, Option<Signal>)>,
+    next: usize,
+    packed: Vec<u8>,
+}
+
+impl<'g> Uploader<'g> {
+    pub(super) fn new(gpu: &'g Gpu) -> Self {
+        Self { gpu, staging: Vec::new(), next: 0, packed: Vec::new() }
+    }
+
+    /// All columns of one expert to the pages that hold them.
+    pub(super) async fn expert(
+        &mut self,
+        matrix: &Matrix,
+        pages: &[wgpu::Buffer],
+        expert: usize,
+        rows: &PackedRows,
+    ) -> Result<()> {
+        let holds = |page: &WeightPage| (page.first_expert..page.end_expert).contains(&(expert as u32));
+        for (page, buffer) in matrix.pages.iter().zip(pages).filter(|(page, _)| holds(page)) {
+            let at = (expert as u64 - u64::from(page.first_expert)) * page.expert_bytes();
+            self.columns(matrix, page, buffer, at, rows).await?;
+        }
+        Ok(())
+    }
+
+    /// The columns of one expert that `page` holds, to `buffer` from `at` on.
+    pub(super) async fn columns(
+        &mut self,
+        matrix: &Matrix,
+        page: &WeightPage,
+        buffer: &wgpu::Buffer,
+        at: u64,
+        rows: &PackedRows,
+    ) -> Result<()> {
+        let quad_bytes = matrix.quad_bytes();
+        let quads = page.num_columns as usize / QUAD;
+        let batch = (STAGING_BYTES / quad_bytes).clamp(1, quads);
+        let mut packed = std::mem::take(&mut self.packed);
+        for first in (0..quads).step_by(batch) {
+            packed.resize(batch.min(quads - first) * quad_bytes, 0);
+            rows.pack(matrix, page.first_column as usize + first * QUAD, &mut packed);
+            self.bytes(buffer, at + (first * quad_bytes) as u64, &packed).await?;
+        }
+        self.packed = packed;
+        Ok(())
+    }
+
+    /// `bytes`, a multiple of 4, to `buffer` from `at` on.
+    pub(super) async fn bytes(&mut self, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
+        for (n, bytes) in bytes.chunks(STAGING_BYTES).enumerate() {
+            let (staging, signal) = self.free().await?;
+            if let Some(signal) = signal {
+                self.gpu.wait(&signal, "uploading weights").await?;
+            }
+            write_mapped(&staging, bytes)?;
+            staging.unmap();
+            let mut encoder = self.gpu.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(&staging, 0, buffer, at + (n * STAGING_BYTES) as u64, bytes.len() as u64);
+            let commands = self.gpu.scoped("uploading weights", |_| encoder.finish()).await?;
+            self.gpu.submit(commands).await?;
+            let signal = self.gpu.map(&staging, wgpu::MapMode::Write).await?;
+            self.staging[self.next].1 = Some(signal);
+            self.next = (self.next + 1) % 2;
+        }
+        Ok(())
+    }
+
+    /// The buffer that is to be filled next, and what to wait for before.
+    async fn free(&mut self) -> Result<(wgpu::Buffer, Option<Signal>)> {
+        if self.staging.len() <= self.next {
+            let usage = wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC;
+            let buffer = self.gpu.mapped_buffer("weights on their way", STAGING_BYTES as u64, usage).await?;
+            self.staging.push((buffer, None));
+        }
+        let (buffer, signal) = &mut self.staging[self.next];
+        Ok((buffer.clone(), signal.take()))
+    }
+
+    /// Waits until everything is on the device.
+    pub(super) async fn finish(&mut self) -> Result<()> {
+        for (_, signal) in &mut self.staging {
+            if let Some(signal) = signal.take() {
+                self.gpu.wait(&signal, "uploading weights").await?;
+            }
+        }
+        self.staging.clear();
+        self.next = 0;
+        self.gpu.check("uploading weights")
+    }
+}
+
+/// Columns that are packed together.
+const QUAD: usize = LANE_COLUMNS as usize;
 
 /// The router's rows, in order: experts, gated shared experts, groups, noise.
 fn router_rows(weights: &MoeWeights) -> Vec<&[f32]> {
@@ -166,72 +352,4 @@ pub(super) fn gate_up_bias(c: &MoeConfig, gate: Option<&[f32]>, up: &[f32]) -> V
         }
     }
     words
-}
-
-/// Fills one page: `row(expert, column)` is the f32 row to pack, `None` for padding.
-pub(super) async fn upload_page<'w>(
-    gpu: &Gpu,
-    label: &str,
-    format: WeightFormat,
-    page: &WeightPage,
-    row: impl Fn(usize, usize) -> Option<&'w [f32]> + Sync,
-) -> Result<wgpu::Buffer> {
-    let buffer = gpu.mapped_buffer(label, page.bytes, USAGE).await?;
-    let columns = page.num_columns as usize;
-    let quads = (page.end_expert - page.first_expert) as usize * columns / QUAD;
-    let quad_bytes = page.bytes as usize / quads;
-    {
-        let mut view = buffer
-            .get_mapped_range_mut(..)
-            .map_err(|e| Error::Device { during: format!("uploading {label}"), message: e.to_string() })?;
-        // Mapped memory is write-only: pack a few quads at a time on the host, in parallel, and copy them over.
-        let batch = (UPLOAD_BYTES / quad_bytes).clamp(1, quads);
-        let mut packed = vec![0u8; batch * quad_bytes];
-        for first in (0..quads).step_by(batch) {
-            let packed = &mut packed[..batch.min(quads - first) * quad_bytes];
-            packed.par_chunks_exact_mut(quad_bytes).enumerate().for_each(|(n, packed)| {
-                let column = (first + n) * QUAD;
-                let (expert, column) =
-                    (page.first_expert as usize + column / columns, page.first_column as usize + column % columns);
-                pack_quad(format, std::array::from_fn(|i| row(expert, column + i)), packed);
-            });
-            view.slice(first * quad_bytes..first * quad_bytes + packed.len()).copy_from_slice(packed);
-        }
-    }
-    buffer.unmap();
-    Ok(buffer)
-}
-
-/// Columns that are packed together, and inputs of a block.
-const QUAD: usize = LANE_COLUMNS as usize;
-/// Bytes packed at a time.
-const UPLOAD_BYTES: usize = 4 << 20;
-
-/// Four columns as blocks of 4 inputs x 4 columns, padded with zeros: `[k4, 4 inputs, 4 columns]`.
-fn pack_quad(format: WeightFormat, columns: [Option<&[f32]>; QUAD], packed: &mut [u8]) {
-    let width = format.bits() as usize / 8;
-    for (k, inputs) in packed.chunks_exact_mut(QUAD * width).enumerate() {
-        for (value, column) in inputs.chunks_exact_mut(width).zip(columns) {
-            let weight = column.and_then(|column| column.get(k)).copied().unwrap_or(0.0);
-            match format {
-                WeightFormat::F32 => value.copy_from_slice(&weight.to_le_bytes()),
-                WeightFormat::F16 => value.copy_from_slice(&half::f16::from_f32(weight).to_le_bytes()),
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_quad_is_transposed_in_blocks_and_padded() {
-        let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0], [10.0, 20.0, 30.0, 40.0, 50.0]);
-        let mut packed = [0xffu8; 2 * 16 * 4];
-        pack_quad(WeightFormat::F32, [Some(&a), None, Some(&b), None], &mut packed);
-        let values: Vec<f32> = bytemuck::pod_collect_to_vec(&packed);
-        assert_eq!(values[..8], [1.0, 0.0, 10.0, 0.0, 2.0, 0.0, 20.0, 0.0]);
-        assert_eq!(values[16..], [5.0, 0.0, 50.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
-    }
 }

@@ -2,7 +2,7 @@
 
 use super::matmul::{MatmulChoice, Tiles};
 use super::{Access, Input, Kernel, Stage, bind, wgsl};
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 
 /// The grouped matmul `choice` on rows that are there already.
 pub fn kernel(choice: MatmulChoice, tiles: Tiles, format: WeightFormat, bias: bool, input: Input) -> Kernel {

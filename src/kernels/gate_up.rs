@@ -3,7 +3,7 @@
 use super::matmul::{MatmulChoice, Tiles};
 use super::{Access, Input, Kernel, Part, Stage, bind, wgsl};
 use crate::model::activation::{Activation, Form, Function};
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 
 /// What else the stage does while storing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

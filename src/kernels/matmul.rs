@@ -2,7 +2,7 @@
 
 use super::{Access, Input, Kernel, Part, Stage, bind, wgsl};
 use crate::error::Error;
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use std::str::FromStr;
 
 /// Packed columns that one lane owns (`LANE_COLUMNS` in `shaders/matmul_params.wgsl`).
@@ -191,11 +191,8 @@ impl MatmulChoice {
 
     /// The kernel of `stage`, whose own files come last; the caller adds the output binding 5.
     pub(super) fn kernel(self, stage: Stage, tiles: Tiles, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
-        let weights = match format {
-            WeightFormat::F32 => wgsl!("weights_f32"),
-            WeightFormat::F16 => wgsl!("weights_f16"),
-        };
-        let mut parts = vec![wgsl!("moe_params"), wgsl!("matmul_params"), wgsl!("step"), weights, input.part()];
+        let mut parts = vec![wgsl!("moe_params"), wgsl!("matmul_params"), wgsl!("step"), input.part()];
+        parts.extend(weights_parts(format));
         parts.push(match tiles {
             Tiles::Dense => wgsl!("tiles_dense"),
             Tiles::Routed if self.sorted() => wgsl!("tiles_sorted"),
@@ -234,11 +231,15 @@ impl MatmulChoice {
             MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. } => {}
             MatmulChoice::Vec { k_lanes, .. } => overrides.push(("K_LANES", k_lanes)),
         }
+        if let WeightFormat::Int8(groups) | WeightFormat::Int4(groups) = format {
+            overrides.push(("SCALED_K4", groups.size() / 4));
+            overrides.push(("STORED_ZEROS", groups.has_zero_points().into()));
+        }
         Kernel {
             stage,
             label: match tiles {
-                Tiles::Routed => format!("{}.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
-                Tiles::Dense => format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.name(), input.suffix()),
+                Tiles::Routed => format!("{}.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix()),
+                Tiles::Dense => format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix()),
             },
             parts,
             bindings,
@@ -246,5 +247,23 @@ impl MatmulChoice {
             workgroup_size: self.workgroup_size(),
             needs_subgroups: self.needs_subgroups(),
         }
+    }
+}
+
+/// What loads weights of `format`.
+fn weights_parts(format: WeightFormat) -> Vec<Part> {
+    match format {
+        WeightFormat::F32 => vec![wgsl!("weights_f32")],
+        WeightFormat::F16 => vec![wgsl!("weights_f16")],
+        WeightFormat::Bf16 => vec![wgsl!("weights_bf16")],
+        WeightFormat::Int8(_) => vec![wgsl!("weights_int8")],
+        WeightFormat::Int4(_) => vec![wgsl!("nibbles"), wgsl!("weights_int4")],
+        WeightFormat::Mxfp4 => vec![wgsl!("e2m1"), wgsl!("weights_mxfp4")],
+        WeightFormat::Nvfp4 => vec![wgsl!("e2m1"), wgsl!("e4m3"), wgsl!("weights_nvfp4")],
+        WeightFormat::Fp8 => vec![wgsl!("e4m3"), wgsl!("weights_fp8")],
+        WeightFormat::Q4_0 => vec![wgsl!("nibbles"), wgsl!("weights_q4_0")],
+        WeightFormat::Q8_0 => vec![wgsl!("weights_q8_0")],
+        WeightFormat::Q4K => vec![wgsl!("nibbles"), wgsl!("weights_q4_k")],
+        WeightFormat::Q6K => vec![wgsl!("nibbles"), wgsl!("weights_q6_k")],
     }
 }

@@ -22,7 +22,7 @@ pub mod token_table;
 
 use crate::model::activation::Activation;
 use crate::model::routing::{Capacity, Priority, Selection};
-use crate::model::weights::WeightFormat;
+use crate::model::formats::WeightFormat;
 use combine::{Rows, Tail};
 use gate_up::Epilogue;
 use matmul::Tiles;

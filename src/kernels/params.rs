@@ -112,8 +112,10 @@ pub struct MatmulParams {
     pub begin_column: u32,
     /// One past the last that is due.
     pub end_column: u32,
-    /// Length of a packed weight row, in vec4.
+    /// Inputs of a weight row, in vec4.
     pub k4: u32,
+    /// vec4s of 16 bytes from four packed columns to the next four.
+    pub quad_stride: u32,
     /// Elements from one input row to the next.
     pub x_stride: u32,
     /// Elements from one output row to the next.

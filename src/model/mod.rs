@@ -12,6 +12,7 @@ mod model_config;
 pub(crate) mod noise;
 pub(crate) mod packed;
 pub mod routing;
+pub(crate) mod source;
 pub mod statistics;
 pub(crate) mod tensor_file;
 mod tensor_header;

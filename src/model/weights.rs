@@ -2,50 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
+use crate::model::formats::{self, WeightFormat};
 use crate::model::routing::{Noise, Scores};
-use serde::{Deserialize, Serialize};
-
-/// How a device stores expert weights. Sums are f32 whatever the storage.
-/// Router weights are always f32: they decide who computes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum WeightFormat {
-    /// 32-bit floats.
-    #[default]
-    F32,
-    /// 16-bit IEEE floats, two to a u32.
-    F16,
-}
-
-impl WeightFormat {
-    /// Every format.
-    pub const ALL: &'static [WeightFormat] = &[WeightFormat::F32, WeightFormat::F16];
-
-    /// The name used in files and on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            WeightFormat::F32 => "f32",
-            WeightFormat::F16 => "f16",
-        }
-    }
-
-    /// Bits of one weight.
-    pub fn bits(self) -> u32 {
-        match self {
-            WeightFormat::F32 => 32,
-            WeightFormat::F16 => 16,
-        }
-    }
-
-    /// The value that a weight has once stored: what the reference must be given to be comparable.
-    pub fn round(self, weight: f32) -> f32 {
-        match self {
-            WeightFormat::F32 => weight,
-            WeightFormat::F16 => half::f16::from_f32(weight).to_f32(),
-        }
-    }
-}
 
 /// One layer's weights, f32, row-major, `[out, in]` as checkpoints store them. `expert_size` is `hidden_size`, or
 /// `latent_size` where there is one; experts are those that have weights.
@@ -159,8 +117,8 @@ impl MoeWeights {
         tensors
     }
 
-    /// What is there is what `config` needs; lengths fit it, every value is finite, and `format` can hold every expert
-    /// weight.
+    /// What is there is what `config` needs; lengths fit it, every value is finite, and `format` packs rows of these
+    /// lengths.
     pub fn validate(&self, config: &MoeConfig, format: WeightFormat) -> Result<()> {
         self.check_presence(config)?;
         for (tensor, values, shape) in self.tensors(config) {
@@ -175,7 +133,7 @@ impl MoeWeights {
             }
             check_finite(tensor, values)?;
             if tensor.ends_with("_proj") {
-                check_representable(tensor, values, format)?;
+                format.check_inputs(tensor, shape[2] as u32)?;
             }
         }
         if let (Some(table), Some(vocab)) = (&self.extras.token_table, config.vocab_size()) {
@@ -298,22 +256,46 @@ impl MoeWeights {
 
     /// The same weights as `format` will hold them: the input of the reference for a device with this storage.
     /// Only the matrices of experts are rounded.
-    pub fn rounded(&self, format: WeightFormat) -> MoeWeights {
-        let round = |values: &[f32]| values.iter().map(|&w| format.round(w)).collect();
-        MoeWeights {
-            router: self.router.clone(),
-            router_bias: self.router_bias.clone(),
-            gate_proj: round(&self.gate_proj),
-            up_proj: round(&self.up_proj),
-            down_proj: round(&self.down_proj),
-            extras: ExtraWeights {
-                shared_gate_proj: round(&self.extras.shared_gate_proj),
-                shared_up_proj: round(&self.extras.shared_up_proj),
-                shared_down_proj: round(&self.extras.shared_down_proj),
-                ..self.extras.clone()
-            },
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] where rows are no multiple of the format's blocks, [`Error::NotRepresentable`].
+    pub fn rounded(&self, config: &MoeConfig, format: WeightFormat) -> Result<MoeWeights> {
+        let mut rounded = self.clone();
+        let x = &mut rounded.extras;
+        let (d, i) = (config.expert_size(), config.intermediate_size());
+        let (h, s) = (config.hidden_size(), config.extras().shared.map_or(1, |shared| shared.intermediate_size));
+        for (tensor, values, rows, inputs) in [
+            ("gate_proj", &mut rounded.gate_proj, i, d),
+            ("up_proj", &mut rounded.up_proj, i, d),
+            ("down_proj", &mut rounded.down_proj, d, i),
+            ("shared_gate_proj", &mut x.shared_gate_proj, s, h),
+            ("shared_up_proj", &mut x.shared_up_proj, s, h),
+            ("shared_down_proj", &mut x.shared_down_proj, h, s),
+        ] {
+            for (matrix, values) in values.chunks_mut(rows as usize * inputs as usize).enumerate() {
+                let packed = pack_matrix(format, tensor, matrix, inputs, values)?;
+                values.copy_from_slice(&formats::decode(format, inputs as usize, &packed));
+            }
         }
+        Ok(rounded)
     }
+}
+
+/// Packed rows of matrix number `matrix` of a tensor, `values [rows, inputs]`.
+pub(crate) fn pack_matrix(
+    format: WeightFormat,
+    tensor: &'static str,
+    matrix: usize,
+    inputs: u32,
+    values: &[f32],
+) -> Result<Vec<u8>> {
+    format.check_inputs(tensor, inputs)?;
+    formats::encode(format, inputs as usize, values).map_err(|at| Error::NotRepresentable {
+        tensor: tensor.to_owned(),
+        index: matrix * values.len() + at.index,
+        value: at.value,
+        format: format.name(),
+    })
 }
 
 /// The first NaN or infinity, as an error that says where it is.
@@ -322,16 +304,6 @@ pub(crate) fn check_finite(tensor: &str, values: &[f32]) -> Result<()> {
         None => Ok(()),
         Some(index) => Err(Error::NonFinite { tensor: tensor.to_owned(), index, value: values[index] }),
     }
-}
-
-fn check_representable(tensor: &str, values: &[f32], format: WeightFormat) -> Result<()> {
-    if format == WeightFormat::F16
-        && let Some(index) = values.iter().position(|&w| !format.round(w).is_finite())
-    {
-        let (tensor, value) = (tensor.to_owned(), values[index]);
-        return Err(Error::NotRepresentable { tensor, index, value, format: format.name() });
-    }
-    Ok(())
 }
 
 /// The id of an expert that has weights.
@@ -452,13 +424,6 @@ impl ExpertWeights {
         check_finite("router_bias", &[self.router_bias])?;
         check_finite("selection_bias", &[self.selection_bias])?;
         check_finite("per_expert_scale", &[self.per_expert_scale])
-    }
-
-    /// `format` can hold the matrices.
-    pub(crate) fn check_format(&self, format: WeightFormat) -> Result<()> {
-        check_representable("gate_proj", &self.gate_proj, format)?;
-        check_representable("up_proj", &self.up_proj, format)?;
-        check_representable("down_proj", &self.down_proj, format)
     }
 
     /// It has what the layer's other experts have, and nothing that would be left out in silence.

@@ -3,7 +3,7 @@
 use super::pad4;
 use crate::kernels::router;
 use crate::model::config::MoeConfig;
-use crate::model::weights::WeightFormat;
+use crate::model::formats::{LayerFormats, WeightFormat};
 
 /// FLOPs and least bytes of one stage. A multiply-add is 2 FLOPs; bytes count each input and output once, and of the
 /// weights those of as many experts as the batch can reach.
@@ -23,7 +23,7 @@ pub struct StageCost {
 /// `sorted`: there is a permute. `logits_apart`: the router's dot products are a dispatch of their own.
 pub fn stages(
     config: &MoeConfig,
-    format: WeightFormat,
+    formats: &LayerFormats,
     num_tokens: u32,
     sorted: bool,
     logits_apart: bool,
@@ -39,7 +39,10 @@ pub fn stages(
     .map(u64::from);
     let a = t * k;
     let reached = e.min(a);
-    let weights = |count: u64| count * u64::from(format.bits()) / 8;
+    // Columns of some inputs each, a quad at a time, as they are stored.
+    let weights = |format: WeightFormat, columns: u64, inputs: u64| {
+        columns * format.quad_bytes(u32::try_from(inputs).unwrap_or(u32::MAX)) / 4
+    };
     let [i4, d4, h4] =
         [config.intermediate_size(), config.expert_size(), config.hidden_size()].map(|n| u64::from(pad4(n)));
     let rows = u64::from(router::num_rows(config));
@@ -59,12 +62,12 @@ pub fn stages(
         let (n, s, s4) = (shared.num.into(), shared.intermediate_size.into(), pad4(shared.intermediate_size).into());
         let (n, s, s4): (u64, u64, u64) = (n, s, s4);
         let columns = first(shared.activation.is_gated()) * s;
-        stages.push(("shared_gate_up", 2 * n * t * columns * h, weights(n * columns * h) + 4 * (t * h + n * t * s4)));
-        stages.push(("shared_down", 2 * n * t * s * h, weights(n * s * h) + 4 * n * (t * s4 + t * h4)));
+        stages.push(("shared_gate_up", 2 * n * t * columns * h, weights(formats.shared_gate_up, n * columns, h) + 4 * (t * h + n * t * s4)));
+        stages.push(("shared_down", 2 * n * t * s * h, weights(formats.shared_down, n * h, s) + 4 * n * (t * s4 + t * h4)));
     }
     let columns = first(config.activation().is_gated()) * i;
-    stages.push(("gate_up", 2 * a * columns * d, weights(reached * columns * d) + 4 * (t * d + a * i4)));
-    stages.push(("down", 2 * a * d * i, weights(reached * d * i) + 4 * (a * i4 + a * d4)));
+    stages.push(("gate_up", 2 * a * columns * d, weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4)));
+    stages.push(("down", 2 * a * d * i, weights(formats.down, reached * d, i) + 4 * (a * i4 + a * d4)));
     stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * h)));
     if config.extras().latent_size.is_some() {
         stages.push(("latent_out", 2 * t * h * d, 4 * (h * d + t * d4 + t * h4)));

@@ -16,7 +16,8 @@ use crate::kernels::router::FrontKind;
 use crate::kernels::{Kernel, permute, router};
 use crate::model::activation::Activation;
 use crate::model::config::{MoeConfig, Norm, SharedGate};
-use crate::model::weights::{OptionalTensors, WeightFormat};
+use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
@@ -36,7 +37,7 @@ const TILE_BYTES: u64 = 12;
 pub struct LayerPlan {
     config: MoeConfig,
     tensors: OptionalTensors,
-    format: WeightFormat,
+    formats: LayerFormats,
     device: DeviceProfile,
     request: MatmulRequest,
     /// Experts that choices of kernels are made for; stays when experts are added or removed, so that others' results
@@ -53,8 +54,27 @@ pub struct Matrix {
     pub name: &'static str,
     /// How it is stored.
     pub format: WeightFormat,
+    /// Inputs of a row.
+    pub inputs: u32,
     /// Where its parts are.
     pub pages: Vec<WeightPage>,
+}
+
+impl Matrix {
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> u64 {
+        self.pages.iter().map(|page| page.bytes).sum()
+    }
+
+    /// Experts that have one.
+    pub fn num_experts(&self) -> u32 {
+        self.pages.last().map_or(0, |page| page.end_expert)
+    }
+
+    /// Bytes of four columns.
+    pub(crate) fn quad_bytes(&self) -> usize {
+        self.format.quad_bytes(self.inputs) as usize
+    }
 }
 
 /// What distinguishes passes of the same number of tokens.
@@ -126,22 +146,24 @@ impl LayerPlan {
     /// column, fits the device.
     pub fn new(
         config: &MoeConfig,
-        format: WeightFormat,
+        formats: impl Into<LayerFormats>,
         device: &DeviceProfile,
         request: &MatmulRequest,
     ) -> Result<Self> {
-        Self::with_tensors(config, OptionalTensors::default(), format, device, request, config.num_experts())
+        Self::with_tensors(config, OptionalTensors::default(), formats, device, request, config.num_experts())
     }
 
     /// As [`LayerPlan::new`], with these tensors, and kernels as for a layer of `nominal_experts`.
     pub fn with_tensors(
         config: &MoeConfig,
         tensors: OptionalTensors,
-        format: WeightFormat,
+        formats: impl Into<LayerFormats>,
         device: &DeviceProfile,
         request: &MatmulRequest,
         nominal_experts: u32,
     ) -> Result<Self> {
+        let formats = formats.into();
+        formats.check(config)?;
         device.check_floor()?;
         request.check(device)?;
         let k_lanes = router::k_lanes(nominal_experts);
@@ -154,11 +176,11 @@ impl LayerPlan {
         let mut plan = Self {
             config: config.clone(),
             tensors,
-            format,
+            formats,
             device: device.clone(),
             request: request.clone(),
             nominal_experts,
-            matrices: matrices(config, format, device)?,
+            matrices: matrices(config, &formats, device)?,
             max_tokens: 0,
         };
         plan.max_tokens = plan.find_max_tokens(limit)?;
@@ -182,13 +204,23 @@ impl LayerPlan {
     }
 
     /// How expert weights are stored.
-    pub fn format(&self) -> WeightFormat {
-        self.format
+    pub fn formats(&self) -> LayerFormats {
+        self.formats
+    }
+
+    /// How the matrix of this name is stored.
+    pub(crate) fn format_of(&self, name: &str) -> WeightFormat {
+        self.matrix(name).map_or(WeightFormat::F32, |matrix| matrix.format)
+    }
+
+    /// The matrix of this name.
+    pub fn matrix(&self, name: &str) -> Option<&Matrix> {
+        self.matrices.iter().find(|matrix| matrix.name == name)
     }
 
     /// The same layer with other experts, on the same device with the same kernels.
     pub(crate) fn with_config(&self, config: &MoeConfig) -> Result<Self> {
-        Self::with_tensors(config, self.tensors, self.format, &self.device, &self.request, self.nominal_experts)
+        Self::with_tensors(config, self.tensors, self.formats, &self.device, &self.request, self.nominal_experts)
     }
 
     /// Every packed matrix of the layer.
@@ -198,7 +230,7 @@ impl LayerPlan {
 
     /// Pages of one of them.
     pub fn pages(&self, name: &str) -> &[WeightPage] {
-        self.matrices.iter().find(|matrix| matrix.name == name).map_or(&[], |matrix| &matrix.pages)
+        self.matrix(name).map_or(&[], |matrix| &matrix.pages)
     }
 
     /// Bytes of all weights on the device.
@@ -356,7 +388,7 @@ impl LayerPlan {
             params,
             stages: {
                 let logits_apart = passes::multiplies_before(self, num_tokens, kind);
-                cost::stages(c, self.format, num_tokens, matmul.sorted(), logits_apart)
+                cost::stages(c, &self.formats, num_tokens, matmul.sorted(), logits_apart)
             },
             dispatches: passes::dispatches(self, matmul, &params, kind)?,
         })
@@ -407,23 +439,23 @@ enum Step {
 const STEP_BUFFERS: [&str; 4] = ["step_1", "step_2", "step_3", "step_4"];
 
 /// The packed matrices of a layer, cut into pages that the device can bind.
-fn matrices(config: &MoeConfig, format: WeightFormat, device: &DeviceProfile) -> Result<Vec<Matrix>> {
+fn matrices(config: &MoeConfig, formats: &LayerFormats, device: &DeviceProfile) -> Result<Vec<Matrix>> {
     let limit = device.max_buffer_bytes();
     let mut matrices = Vec::new();
     let mut add = |name, format: WeightFormat, experts: u32, columns: u32, inputs: u32| {
-        let row_bytes = u64::from(pad4(inputs)) * u64::from(format.bits()) / 8;
-        let pages = pages::weight_pages(experts, columns, row_bytes, limit)?;
-        matrices.push(Matrix { name, format, pages });
+        let pages = pages::weight_pages(experts, columns, format.quad_bytes(inputs), limit)?;
+        matrices.push(Matrix { name, format, inputs, pages });
         Ok::<_, Error>(())
     };
     let [h, d] = [config.hidden_size(), config.expert_size()];
     let experts = config.num_weighted_experts();
-    add("gate_up_weights", format, experts, first_columns(config.activation(), config.intermediate_size()), d)?;
-    add("down_weights", format, experts, pad4(d), config.intermediate_size())?;
+    let columns = first_columns(config.activation(), config.intermediate_size());
+    add("gate_up_weights", formats.gate_up, experts, columns, d)?;
+    add("down_weights", formats.down, experts, pad4(d), config.intermediate_size())?;
     if let Some(shared) = config.extras().shared {
         let columns = first_columns(shared.activation, shared.intermediate_size);
-        add("shared_gate_up_weights", format, shared.num, columns, h)?;
-        add("shared_down_weights", format, shared.num, pad4(h), shared.intermediate_size)?;
+        add("shared_gate_up_weights", formats.shared_gate_up, shared.num, columns, h)?;
+        add("shared_down_weights", formats.shared_down, shared.num, pad4(h), shared.intermediate_size)?;
     }
     if device.software && device.subgroup_size.is_some() {
         add("router_matrix", WeightFormat::F32, 1, pad4(router::num_rows(config)), h)?;

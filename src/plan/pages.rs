@@ -20,9 +20,18 @@ pub struct WeightPage {
     pub bytes: u64,
 }
 
-/// Cuts `num_experts` matrices of `num_columns` packed rows of `row_bytes` bytes into pages of at most `limit` bytes.
-pub fn weight_pages(num_experts: u32, num_columns: u32, row_bytes: u64, limit: u64) -> Result<Vec<WeightPage>> {
-    let expert_bytes = u64::from(num_columns) * row_bytes;
+impl WeightPage {
+    /// Bytes of one expert in this page.
+    pub fn expert_bytes(&self) -> u64 {
+        self.bytes / u64::from((self.end_expert - self.first_expert).max(1))
+    }
+}
+
+/// Cuts `num_experts` matrices of `num_columns` packed columns, `quad_bytes` bytes for each four, into pages of at most
+/// `limit` bytes.
+pub fn weight_pages(num_experts: u32, num_columns: u32, quad_bytes: u64, limit: u64) -> Result<Vec<WeightPage>> {
+    let bytes_of = |columns: u32| u64::from(columns / 4) * quad_bytes;
+    let expert_bytes = bytes_of(num_columns);
     let mut pages = Vec::new();
     let experts_per_page = (limit / expert_bytes).min(u64::from(num_experts)) as u32;
     if experts_per_page > 0 {
@@ -33,11 +42,11 @@ pub fn weight_pages(num_experts: u32, num_columns: u32, row_bytes: u64, limit: u
         }
         return Ok(pages);
     }
-    let columns_per_page = (limit / row_bytes / u64::from(COLUMN_GROUP)) as u32 * COLUMN_GROUP;
+    let columns_per_page = (limit / bytes_of(COLUMN_GROUP)).min(u64::from(num_columns / COLUMN_GROUP) + 1) as u32 * COLUMN_GROUP;
     if columns_per_page == 0 {
         return Err(Error::LimitExceeded {
             what: format!("a weight page of {COLUMN_GROUP} columns"),
-            required: row_bytes * u64::from(COLUMN_GROUP),
+            required: bytes_of(COLUMN_GROUP),
             available: limit,
             hint: "use a device with a larger storage binding limit, or a smaller weight format",
         });
@@ -45,7 +54,7 @@ pub fn weight_pages(num_experts: u32, num_columns: u32, row_bytes: u64, limit: u
     for first_expert in 0..num_experts {
         for first_column in (0..num_columns).step_by(columns_per_page as usize) {
             let columns = columns_per_page.min(num_columns - first_column);
-            let bytes = u64::from(columns) * row_bytes;
+            let bytes = bytes_of(columns);
             let end_expert = first_expert + 1;
             pages.push(WeightPage { first_expert, end_expert, first_column, num_columns: columns, bytes });
         }

@@ -252,7 +252,7 @@ impl Builder<'_> {
         outputs: u32,
     ) -> Result<RowsIn> {
         let choice = variant::choose_dense(self.params.num_tokens, &self.plan.device, &self.plan.request);
-        let format = self.plan.matrices.iter().find(|m| m.name == weights).map_or(self.plan.format, |m| m.format);
+        let format = self.plan.format_of(weights);
         let kernel = down::kernel(choice, Tiles::Dense, format, false, Input::of_stride(x.stride));
         let product = Product {
             name,
@@ -274,8 +274,9 @@ impl Builder<'_> {
         let c = &self.plan.config;
         let Some(shared) = c.extras().shared else { return Ok(()) };
         let choice = variant::choose_dense(self.params.num_tokens, &self.plan.device, &self.plan.request);
-        let (format, input) = (self.plan.format, Input::of_stride(x.stride));
+        let (formats, input) = (self.plan.formats, Input::of_stride(x.stride));
         let inner = pad4(shared.intermediate_size);
+        let format = formats.shared_gate_up;
         let kernel = gate_up::kernel(choice, Tiles::Dense, format, shared.activation, Epilogue::default(), input);
         let product = Product {
             name: "shared_gate_up",
@@ -291,7 +292,7 @@ impl Builder<'_> {
         };
         self.matmul(&kernel, &product, &[("x", x.buffer), ("intermediate", "shared_intermediate")])?;
         // Its rows are experts times tokens already: as many rows of one expert after the other.
-        let kernel = down::kernel(choice, Tiles::Dense, format, false, Input::Vec4);
+        let kernel = down::kernel(choice, Tiles::Dense, formats.shared_down, false, Input::Vec4);
         let product = Product {
             name: "shared_down",
             weights: "shared_down_weights",
@@ -313,7 +314,7 @@ impl Builder<'_> {
         let inner = pad4(c.intermediate_size());
         let input = Input::of_stride(expert_in.stride);
         let epilogue = Epilogue { bias: tensors.up_bias, weigh_input: c.routing().weigh_input };
-        let kernel = gate_up::kernel(choice, Tiles::Routed, plan.format, c.activation(), epilogue, input);
+        let kernel = gate_up::kernel(choice, Tiles::Routed, plan.formats.gate_up, c.activation(), epilogue, input);
         let first_columns = first_columns(c.activation(), c.intermediate_size());
         let product = Product {
             name: "gate_up",
@@ -330,7 +331,7 @@ impl Builder<'_> {
         let buffers = [("x", expert_in.buffer), ("topk_experts", topk_experts), ("bias", "gate_up_bias")];
         self.matmul(&kernel, &product, &buffers)?;
 
-        let kernel = down::kernel(choice, Tiles::Routed, plan.format, tensors.down_bias, Input::Vec4);
+        let kernel = down::kernel(choice, Tiles::Routed, plan.formats.down, tensors.down_bias, Input::Vec4);
         let (tail, steps) = plan.steps();
         let expert_size = pad4(c.expert_size());
         let mut step = params;
@@ -461,6 +462,7 @@ impl Builder<'_> {
                 begin_column,
                 end_column,
                 k4: p.inputs.div_ceil(4),
+                quad_stride: (plan.format_of(p.weights).quad_bytes(p.inputs) / 16) as u32,
                 x_stride: p.x_stride,
                 out_stride: p.out_stride,
                 num_assignments: if p.dense_experts.is_some() { params.num_tokens } else { params.num_assignments },

@@ -187,7 +187,7 @@ fn jobs(args: &Args, context: &wgmoe::Context) -> anyhow::Result<Vec<Job>> {
         return Ok(vec![Job { name, preset, tokens: tokens(DEFAULT_TOKENS) }]);
     }
     // The f32 weights, what is packed from them, and, where device memory is host memory, the device's copy.
-    let bytes_per_weight = 4 + 2 * u64::from(args.weights.bits()) / 8;
+    let bytes_per_weight = (4.0 + 2.0 * args.weights.bits_per_weight(2048) / 8.0).ceil() as u64;
     let available = memory::available().unwrap_or(u64::MAX);
     let jobs: Vec<Job> = presets::defaults_for(context.device())
         .into_iter()

@@ -182,7 +182,7 @@ fn run_case(
     let routing = layer.routing()?;
     if args.weights != WeightFormat::F32 {
         // The file's output belongs to unrounded weights, which this layer does not have.
-        let rounded = golden.weights.rounded(args.weights);
+        let rounded = golden.weights.rounded(&golden.config, args.weights)?;
         let expected = reference::moe_forward(&golden.config, &rounded, golden.batch()).y;
         golden.y = expected.iter().map(|&v| v as f32).collect();
     }

@@ -163,8 +163,7 @@ fn must_be_writable(argument: &str, path: &Path) -> anyhow::Result<()> {
 
 /// clap value parser for `--weights`.
 fn weight_format(text: &str) -> Result<WeightFormat, String> {
-    let found = WeightFormat::ALL.iter().copied().find(|format| format.name() == text);
-    found.ok_or_else(|| format!("expected one of {}", names(WeightFormat::ALL, |format| format.name())))
+    text.parse().map_err(|error: wgmoe::Error| error.to_string())
 }
 
 /// clap value parser for `--matmul`; auto is `None`.

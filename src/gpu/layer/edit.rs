@@ -1,10 +1,11 @@
 //! Experts that come and go. The others are copied on the device, block by block, or stay where they are.
 
-use super::super::weights::{self, DeviceWeights, PackedRows};
+use super::super::weights::{self, DeviceWeights, PackedRows, Uploader};
 use super::{GpuLayer, State};
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::routing::Noise;
+use crate::model::source::HostSource;
 use crate::model::weights::{ExpertWeights, MoeWeights, check_expert_id, splice_row};
 use crate::plan::pages::WeightPage;
 use crate::plan::{Matrix, pad4};
@@ -69,13 +70,11 @@ impl GpuLayer {
         }
         let (vectors, router) = self.spliced_vectors(&old, &splice, expert).await?;
         for matrix in plan.matrices().iter().filter(|m| m.name == "router_matrix") {
-            let rows = PackedRows::router(&config, &router);
-            let mut buffers = Vec::new();
-            for page in &matrix.pages {
-                buffers.push(
-                    weights::upload_page(&self.gpu, matrix.name, matrix.format, page, |e, n| rows.row(e, n)).await?,
-                );
-            }
+            let rows = PackedRows(bytemuck::cast_slice(&router).to_vec(), None);
+            let buffers = weights::empty_pages(&self.gpu, matrix).await?;
+            let mut uploader = Uploader::new(&self.gpu);
+            uploader.expert(matrix, &buffers, 0, &rows).await?;
+            uploader.finish().await?;
             pages.insert(matrix.name, buffers);
         }
         self.submit(encoder).await?;
@@ -89,7 +88,6 @@ impl GpuLayer {
     /// The expert as the only one of a layer.
     fn checked(&self, expert: &ExpertWeights) -> Result<MoeWeights> {
         expert.validate(self.plan.config())?;
-        expert.check_format(self.plan.format())?;
         expert.check_optional(&self.tensors)?;
         Ok(MoeWeights {
             gate_proj: expert.gate_proj.clone(),
@@ -117,7 +115,7 @@ impl GpuLayer {
                 continue;
             }
             let buffer = self.gpu.buffer(matrix.name, page.bytes, weights::USAGE).await?;
-            let block = block_bytes(page);
+            let block = page.expert_bytes();
             for expert in page.first_expert..page.end_expert {
                 let to = u64::from(expert - page.first_expert) * block;
                 match (splice.old_id(expert), splice.inserted) {
@@ -133,11 +131,12 @@ impl GpuLayer {
                         encoder.copy_buffer_to_buffer(old, from, &buffer, to, block);
                     }
                     (None, Some(inserted)) => {
-                        let one = WeightPage { first_expert: 0, end_expert: 1, bytes: block, ..*page };
-                        let rows = PackedRows::of(matrix.name, config, inserted);
-                        let packed =
-                            weights::upload_page(&self.gpu, matrix.name, matrix.format, &one, |e, n| rows.row(e, n));
-                        encoder.copy_buffer_to_buffer(&packed.await?, 0, &buffer, to, block);
+                        let formats = self.plan.formats();
+                        let mut source = HostSource { config, weights: inserted, formats };
+                        let rows = weights::read_expert(&mut source, matrix.name, 0)?;
+                        let mut uploader = Uploader::new(&self.gpu);
+                        uploader.columns(matrix, page, &buffer, to, &rows).await?;
+                        uploader.finish().await?;
                     }
                     (None, None) => return Err(lost(matrix.name, expert)),
                 }
@@ -205,10 +204,6 @@ impl GpuLayer {
         }
         Ok((vectors, router))
     }
-}
-
-fn block_bytes(page: &WeightPage) -> u64 {
-    page.bytes / u64::from(page.end_expert - page.first_expert)
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {

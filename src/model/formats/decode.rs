@@ -1,8 +1,8 @@
-//! The reference for what packed rows mean. Each weight is computed in f32 with at most one rounding, in the order in
-//! which the kernels do it, so theirs have the same bits.
+//! The reference for what packed rows mean. Each weight is computed in f32 in the order in which the kernels do it: what
+//! a group shares first, then its product with the code. So theirs have the same bits.
 
 use super::small_floats::{e2m1, e4m3, e8m0};
-use super::{Groups, RowLayout, WeightFormat};
+use super::{IntGroups, RowLayout, WeightFormat};
 
 /// The weights of packed rows `[rows, inputs]` of one matrix, as f32.
 ///
@@ -38,7 +38,7 @@ pub(crate) fn decode_row(format: WeightFormat, layout: &RowLayout, row: &[u8], v
             });
         }
         WeightFormat::Mxfp4 => each(&|k| e2m1(at(0, k) as u8) * e8m0(at(1, k) as u8)),
-        WeightFormat::Nvfp4 => each(&|k| e2m1(at(0, k) as u8) * e4m3(at(2, k) as u8) * float(1, k)),
+        WeightFormat::Nvfp4 => each(&|k| e2m1(at(0, k) as u8) * (e4m3(at(2, k) as u8) * float(1, k))),
         WeightFormat::Fp8 => each(&|k| e4m3(at(0, k) as u8) * float(1, k)),
         WeightFormat::Q4_0 => each(&|k| (at(0, k) as f32 - 8.0) * half(1, k)),
         WeightFormat::Q8_0 => each(&|k| f32::from(at(0, k) as u8 as i8) * half(1, k)),
@@ -55,5 +55,5 @@ pub(crate) fn decode_row(format: WeightFormat, layout: &RowLayout, row: &[u8], v
 
 /// The code of zero where there are no zero points.
 pub(crate) fn middle(format: WeightFormat) -> f32 {
-    if let WeightFormat::Int8(Groups { .. }) = format { 128.0 } else { 8.0 }
+    if let WeightFormat::Int8(IntGroups { .. }) = format { 128.0 } else { 8.0 }
 }

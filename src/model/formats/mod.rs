@@ -17,6 +17,7 @@ pub use encode::{Unrepresentable, encode};
 pub(crate) use interleave::{ColumnOrder, interleave};
 
 use crate::error::{Error, Result};
+use crate::model::config::MoeConfig;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -38,9 +39,9 @@ pub enum WeightFormat {
     /// The upper half of an f32.
     Bf16,
     /// 8-bit integers, `(code - zero) * scale`, with an f32 scale for each group of inputs.
-    Int8(Groups),
+    Int8(IntGroups),
     /// 4-bit integers, as [`WeightFormat::Int8`].
-    Int4(Groups),
+    Int4(IntGroups),
     /// Microscaling FP4: E2M1 with an E8M0 scale for each 32 inputs (OCP MX 1.0).
     Mxfp4,
     /// E2M1 with an E4M3 scale for each 16 inputs and an f32 scale for each matrix.
@@ -59,16 +60,16 @@ pub enum WeightFormat {
 
 /// What the integers of a group of inputs share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Groups {
+pub struct IntGroups {
     size: u8,
     zero_points: bool,
 }
 
-impl Groups {
+impl IntGroups {
     /// Sizes of groups.
     pub const SIZES: [u32; 4] = [16, 32, 64, 128];
 
-    /// Groups of `size` inputs: 16, 32, 64 or 128. Without zero points, codes are around the middle of their range.
+    /// IntGroups of `size` inputs: 16, 32, 64 or 128. Without zero points, codes are around the middle of their range.
     ///
     /// # Errors
     /// [`Error::InvalidConfig`] for another size.
@@ -149,9 +150,9 @@ const ROW: u32 = u32::MAX;
 
 impl WeightFormat {
     /// Integers of eight bits in groups of 32.
-    pub const INT8: WeightFormat = WeightFormat::Int8(Groups::symmetric(32));
+    pub const INT8: WeightFormat = WeightFormat::Int8(IntGroups::symmetric(32));
     /// Integers of four bits in groups of 32.
-    pub const INT4: WeightFormat = WeightFormat::Int4(Groups::symmetric(32));
+    pub const INT4: WeightFormat = WeightFormat::Int4(IntGroups::symmetric(32));
 
     /// Every format, integers in groups of 32 without zero points.
     pub const ALL: &'static [WeightFormat] = &[
@@ -171,16 +172,16 @@ impl WeightFormat {
 
     /// Those of [`WeightFormat::ALL`], and integers in groups of every other size and with zero points.
     pub fn every() -> Vec<WeightFormat> {
-        let groups = Groups::SIZES.iter().flat_map(|&size| [false, true].map(|zp| (size, zp)));
+        let groups = IntGroups::SIZES.iter().flat_map(|&size| [false, true].map(|zp| (size, zp)));
         let others = groups.filter(|&group| group != (32, false));
-        let others = others.filter_map(|(size, zero_points)| Groups::new(size, zero_points).ok());
+        let others = others.filter_map(|(size, zero_points)| IntGroups::new(size, zero_points).ok());
         let others = others.flat_map(|groups| [WeightFormat::Int8(groups), WeightFormat::Int4(groups)]);
         Self::ALL.iter().copied().chain(others).collect()
     }
 
     /// The name used in files and on the command line.
     pub fn name(self) -> String {
-        let integers = |name: &str, groups: Groups| {
+        let integers = |name: &str, groups: IntGroups| {
             let size = if groups.size == 32 { String::new() } else { format!(":g{}", groups.size) };
             format!("{name}{size}{}", if groups.zero_points { ":zp" } else { "" })
         };
@@ -211,7 +212,7 @@ impl WeightFormat {
 
     /// Bits, and inputs that share each, of the regions of a row.
     fn regions(self) -> Vec<(u32, u32)> {
-        let integers = |bits: u32, groups: Groups| {
+        let integers = |bits: u32, groups: IntGroups| {
             let mut regions = vec![(bits, 1), (32, groups.size())];
             regions.extend(groups.zero_points.then_some((8, groups.size())));
             regions
@@ -301,6 +302,46 @@ impl WeightFormat {
     }
 }
 
+/// The formats of a layer's expert matrices. A checkpoint may keep them differently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct LayerFormats {
+    /// First projections of routed experts.
+    pub gate_up: WeightFormat,
+    /// Second projections of routed experts.
+    pub down: WeightFormat,
+    /// First projections of shared experts.
+    pub shared_gate_up: WeightFormat,
+    /// Second projections of shared experts.
+    pub shared_down: WeightFormat,
+}
+
+impl From<WeightFormat> for LayerFormats {
+    fn from(format: WeightFormat) -> Self {
+        Self { gate_up: format, down: format, shared_gate_up: format, shared_down: format }
+    }
+}
+
+impl LayerFormats {
+    /// The format of routed experts, `gate_up+down` where they differ.
+    pub fn name(&self) -> String {
+        if self.gate_up == self.down { self.gate_up.name() } else { format!("{}+{}", self.gate_up, self.down) }
+    }
+
+    /// Rows of the layer's lengths can be stored.
+    ///
+    /// # Errors
+    /// Those of [`WeightFormat::check_inputs`].
+    pub fn check(&self, config: &MoeConfig) -> Result<()> {
+        self.gate_up.check_inputs("gate_up_proj", config.expert_size())?;
+        self.down.check_inputs("down_proj", config.intermediate_size())?;
+        if let Some(shared) = config.extras().shared {
+            self.shared_gate_up.check_inputs("shared_gate_up_proj", config.hidden_size())?;
+            self.shared_down.check_inputs("shared_down_proj", shared.intermediate_size)?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.name())
@@ -341,7 +382,7 @@ impl FromStr for WeightFormat {
                 _ => return Err(unknown()),
             }
         }
-        let groups = Groups::new(size.unwrap_or(32), zero_points)?;
+        let groups = IntGroups::new(size.unwrap_or(32), zero_points)?;
         match format {
             WeightFormat::Int8(_) => Ok(WeightFormat::Int8(groups)),
             WeightFormat::Int4(_) => Ok(WeightFormat::Int4(groups)),

@@ -1,0 +1,22 @@
+// weights_bf16: expert weights stored as the upper halves of f32, two to a u32. No entry point.
+
+@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
+
+alias Scales = u32;
+const SCALED_K4: u32 = 65536u;
+
+fn load_scales(quad: u32, k: u32) -> Scales {
+    return 0u;
+}
+
+// Four columns of one input.
+fn widen(w: vec2<u32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(vec4<u32>(w.x << 16u, w.x & 0xffff0000u, w.y << 16u, w.y & 0xffff0000u));
+}
+
+fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
+    let block = quad * params.quad_stride + k * 2u;
+    let low = weights[block];
+    let high = weights[block + 1u];
+    return mat4x4<f32>(widen(low.xy), widen(low.zw), widen(high.xy), widen(high.zw));
+}
