@@ -58,11 +58,21 @@ const SHAPES: &[(u32, u32, u32, u32, u32, f64)] = &[
     (40, 52, 24, 1024, 32, 0.0),
     (300, 24, 16, 3, 1, 4.0),
     (48, 2048, 8, 6, 2, 0.0),
+    // Whole blocks of every weight format.
+    (1, 256, 256, 5, 2, 0.0),
+    (37, 512, 256, 5, 2, 1.0),
 ];
 
 /// Runs every check that the context's device can run. `progress(done, total, kernel)` is called before each.
 pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<KernelCheck>> {
-    let shapes = SHAPES.len() * WeightFormat::ALL.len();
+    let formats = |hidden: u32, intermediate: u32| {
+        let fits = move |format: &WeightFormat| {
+            [hidden, intermediate].iter().all(|&inputs| format.check_inputs("weights", inputs).is_ok())
+        };
+        WeightFormat::every().into_iter().filter(fits)
+    };
+    let shapes = SHAPES.iter().map(|&(_, hidden, intermediate, ..)| formats(hidden, intermediate).count()).sum::<usize>();
+    let mut done = 0;
     let total = shapes + layers::count();
     let mut checks = Vec::new();
     for (index, &(tokens, hidden, intermediate, experts, top_k, skew)) in SHAPES.iter().enumerate() {
@@ -73,9 +83,10 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
             workload.weights.router_bias = Some((0..experts).map(|e| (e % 7) as f32 * 0.125 - 0.375).collect());
         }
         let x = workload.input(tokens)?;
-        for (f, &format) in WeightFormat::ALL.iter().enumerate() {
+        for (f, format) in formats(hidden, intermediate).enumerate() {
             let shape = format!("t{tokens} h{hidden} i{intermediate} e{experts} k{top_k} {}", format.name());
-            progress(index * WeightFormat::ALL.len() + f, total, &shape);
+            progress(done, total, &shape);
+            done += 1;
             let case = Case::new(&workload, &x, format, shape)?;
             match context.engine() {
                 Engine::Gpu(gpu) => pollster::block_on(case.check_gpu(gpu, f == 0, &mut checks))?,
@@ -83,7 +94,6 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
             }
         }
     }
-    let mut done = shapes;
     checks.extend(layers::check(context, |layer| {
         progress(done, total, layer);
         done += 1;
@@ -112,7 +122,7 @@ impl<'a> Case<'a> {
     }
 
     fn check_cpu(&self) -> Result<KernelCheck> {
-        let layer = CpuLayer::new(self.config.clone(), &self.weights, self.format)?;
+        let layer = CpuLayer::new(self.config.clone(), self.weights, self.format)?;
         let mut y = vec![0.0; self.x.len()];
         layer.forward_into(self.x, &mut y)?;
         let most = self.expected.y.iter().fold(0.0f64, |most, v| most.max(v.abs()));
@@ -125,7 +135,7 @@ impl<'a> Case<'a> {
         let tokens = (self.x.len() / self.config.hidden_size() as usize) as u32;
         // The layout of the weights is the same for every choice.
         let any = LayerPlan::new(self.config, self.format, gpu.profile(), &MatmulRequest::default())?;
-        let harness = Harness::new(gpu, &any, &self.weights).await?;
+        let harness = Harness::new(gpu, &any, self.weights).await?;
         for choice in choices(gpu.profile(), tokens) {
             let request = MatmulRequest { variant: None, choice: Some(choice) };
             let plan = LayerPlan::new(self.config, self.format, gpu.profile(), &request)?.plan(tokens)?;
@@ -183,7 +193,7 @@ impl<'a> Case<'a> {
         }
         // Near-ties may go either way in the logits; of its own logits the device must make exactly the right choice.
         let experts = logits.iter().map(|&l| f64::from(l)).collect();
-        let own = router::route(c, &self.weights, Logits { experts, shared: Vec::new() }, &Batch::from(self.x));
+        let own = router::route(c, self.weights, Logits { experts, shared: Vec::new() }, &Batch::from(self.x));
         if let Some(at) = (0..t * k).find(|&i| own.topk_experts[i] != out[1][i]) {
             return Ok(Verdict::failed(format!(
                 "choice {} of token {} is expert {}, expected {}",
@@ -279,7 +289,7 @@ impl<'a> Case<'a> {
             let x = &self.x[a as usize / self.config.top_k() as usize * h..][..h];
             for column in 0..i {
                 let at = (rows.expert_of_row(row) * i + column) * h;
-                let (gate, up) = (&self.weights.gate_proj[at..][..h], &self.weights.up_proj[at..][..h]);
+                let (gate, up) = (&self.stored.gate_proj[at..][..h], &self.stored.up_proj[at..][..h]);
                 let (g, u) = (dot(gate, x), dot(up, x));
                 let (dg, du) = (sum_bound(h, dot_abs(gate, x)), sum_bound(h, dot_abs(up, x)));
                 let silu = self.config.activation().apply(g, 1.0);
@@ -300,9 +310,9 @@ impl<'a> Case<'a> {
         let experts: Vec<usize> =
             (0..permutation.assignment_of_row.len()).map(|row| permutation.expert_of_row(row)).collect();
         let down = |weights: &[f32], v: &[f64]| reference::down::down([h, i], weights, None, v, experts.clone());
-        let expected = down(&self.weights.down_proj, &exact);
+        let expected = down(&self.stored.down_proj, &exact);
         let magnitudes: Vec<f64> = exact.iter().map(|v| v.abs()).collect();
-        let magnitude = down(&abs(&self.weights.down_proj), &magnitudes);
+        let magnitude = down(&abs(&self.stored.down_proj), &magnitudes);
 
         let rows = self.rows(plan);
         let mut x = vec![0.0f32; rows.len() * i.next_multiple_of(4)];
