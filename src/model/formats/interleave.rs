@@ -35,7 +35,8 @@ pub(crate) fn interleave<const N: usize>(
                     let (from, shift) = (region.at + item / per_byte, item % per_byte * bits as usize);
                     for (place, &column) in places.iter().enumerate() {
                         if let Some(row) = rows[column] {
-                            packed[place / per_byte] |= (row[from] >> shift & mask) << (place % per_byte * bits as usize);
+                            packed[place / per_byte] |=
+                                (row[from] >> shift & mask) << (place % per_byte * bits as usize);
                         }
                     }
                 }

@@ -17,7 +17,8 @@ fn names_are_read_back() {
     }
     assert_eq!("int4:g128".parse::<WeightFormat>().expect("a name").name(), "int4:g128");
     assert_eq!("int8:g32:zp".parse::<WeightFormat>().expect("a name").name(), "int8:zp");
-    for wrong in ["", "f17", "int4:g48", "int4:32", "f16:g32", "mxfp4:zp", "int4:zp:zp", "int4:zp:g32", "int4:g16:g16"] {
+    for wrong in ["", "f17", "int4:g48", "int4:32", "f16:g32", "mxfp4:zp", "int4:zp:zp", "int4:zp:g32", "int4:g16:g16"]
+    {
         assert!(wrong.parse::<WeightFormat>().is_err(), "{wrong}");
     }
 }
@@ -70,7 +71,8 @@ fn what_cannot_be_stored_is_found() {
     values[300] = f32::MAX;
     assert_eq!(encode(WeightFormat::Bf16, 256, &values), Err(Unrepresentable { index: 300, value: f32::MAX }));
     values[300] = 1e37;
-    for format in [WeightFormat::INT8, WeightFormat::INT4, WeightFormat::Mxfp4, WeightFormat::Nvfp4, WeightFormat::Fp8] {
+    for format in [WeightFormat::INT8, WeightFormat::INT4, WeightFormat::Mxfp4, WeightFormat::Nvfp4, WeightFormat::Fp8]
+    {
         let packed = encode(format, 256, &values).expect("scales are wide enough");
         assert!(decode(format, 256, &packed).iter().all(|v| v.is_finite()), "{format}");
     }
