@@ -21,9 +21,6 @@ const QUADS: u32 = 2u;
 struct Weights { q0: mat4x4<f32>, q1: mat4x4<f32> }
 struct Row { q0: vec4<f32>, q1: vec4<f32> }
 
-// What inputs of a group share, of both quads.
-struct QuadScales { q0: Scales, q1: Scales }
-
 // Sums of eight rows.
 struct Rows8 { r0: Row, r1: Row, r2: Row, r3: Row, r4: Row, r5: Row, r6: Row, r7: Row }
 
@@ -36,12 +33,10 @@ fn step_quads(sums: Row, x: vec4<f32>, w: Weights) -> Row {
     return Row(step(sums.q0, x, w.q0), step(sums.q1, x, w.q1));
 }
 
-fn scales_of(quad: vec2<u32>, k: u32) -> QuadScales {
-    return QuadScales(load_scales(quad.x, k), load_scales(quad.y, k));
-}
-
-fn load_quads(quad: vec2<u32>, k: u32, scales: QuadScales) -> Weights {
-    return Weights(load_weights4x4(quad.x, k, scales.q0), load_weights4x4(quad.y, k, scales.q1));
+fn load_quads(quad: vec2<u32>, k: u32) -> Weights {
+    return Weights(
+        load_weights4x4(quad.x, k, load_scales(quad.x, k)),
+        load_weights4x4(quad.y, k, load_scales(quad.y, k)));
 }
 
 fn grouped_matmul(group: u32, invocation: u32) {
@@ -63,35 +58,26 @@ fn grouped_matmul(group: u32, invocation: u32) {
     var b3 = zero8();
     let x0 = block_rows(tile, 0u, lane);
     if tile.num_rows <= 8u {
-        for (var group = 0u; group < params.k4; group += SCALED_K4) {
-            let scales = scales_of(quad, group);
-            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
-                b0 = step8(b0, x0, k, load_quads(quad, k, scales));
-            }
+        for (var k = 0u; k < params.k4; k++) {
+            b0 = step8(b0, x0, k, load_quads(quad, k));
         }
     } else if tile.num_rows <= 16u {
         let x1 = block_rows(tile, 8u, lane);
-        for (var group = 0u; group < params.k4; group += SCALED_K4) {
-            let scales = scales_of(quad, group);
-            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
-                let w = load_quads(quad, k, scales);
-                b0 = step8(b0, x0, k, w);
-                b1 = step8(b1, x1, k, w);
-            }
+        for (var k = 0u; k < params.k4; k++) {
+            let w = load_quads(quad, k);
+            b0 = step8(b0, x0, k, w);
+            b1 = step8(b1, x1, k, w);
         }
     } else {
         let x1 = block_rows(tile, 8u, lane);
         let x2 = block_rows(tile, 16u, lane);
         let x3 = block_rows(tile, 24u, lane);
-        for (var group = 0u; group < params.k4; group += SCALED_K4) {
-            let scales = scales_of(quad, group);
-            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
-                let w = load_quads(quad, k, scales);
-                b0 = step8(b0, x0, k, w);
-                b1 = step8(b1, x1, k, w);
-                b2 = step8(b2, x2, k, w);
-                b3 = step8(b3, x3, k, w);
-            }
+        for (var k = 0u; k < params.k4; k++) {
+            let w = load_quads(quad, k);
+            b0 = step8(b0, x0, k, w);
+            b1 = step8(b1, x1, k, w);
+            b2 = step8(b2, x2, k, w);
+            b3 = step8(b3, x3, k, w);
         }
     }
     store8(tile, 0u, own, b0);

@@ -26,32 +26,34 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let quad = ((tile.expert - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
+    // Four steps share their scales, in every format.
+    let whole = params.k4 / 4u * 4u;
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     if tile.num_rows == 1u {
         sums.r0 = one_row(input_row(tile_row(tile, 0u)), quad, lane % 4u);
     } else if tile.num_rows == 2u {
         let row = input_row(tile_row(tile, lane % 2u));
-        for (var group = 0u; group < params.k4; group += SCALED_K4) {
-            let scales = load_scales(quad, group);
-            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
-                let w = load_weights4x4(quad, k, scales);
-                let x = load_input4(row, params.x_stride, k);
-                sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
-                sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
-            }
+        for (var k = 0u; k < whole; k += 4u) {
+            let scales = load_scales(quad, k);
+            sums = two_rows(sums, row, quad, k, scales);
+            sums = two_rows(sums, row, quad, k + 1u, scales);
+            sums = two_rows(sums, row, quad, k + 2u, scales);
+            sums = two_rows(sums, row, quad, k + 3u, scales);
+        }
+        for (var k = whole; k < params.k4; k++) {
+            sums = two_rows(sums, row, quad, k, load_scales(quad, k));
         }
     } else {
         let row = input_row(tile_row(tile, lane % 4u));
-        for (var group = 0u; group < params.k4; group += SCALED_K4) {
-            let scales = load_scales(quad, group);
-            for (var k = group; k < min(group + SCALED_K4, params.k4); k++) {
-                let w = load_weights4x4(quad, k, scales);
-                let x = load_input4(row, params.x_stride, k);
-                sums.r0 = step(sums.r0, subgroupBroadcast(x, 0u), w);
-                sums.r1 = step(sums.r1, subgroupBroadcast(x, 1u), w);
-                sums.r2 = step(sums.r2, subgroupBroadcast(x, 2u), w);
-                sums.r3 = step(sums.r3, subgroupBroadcast(x, 3u), w);
-            }
+        for (var k = 0u; k < whole; k += 4u) {
+            let scales = load_scales(quad, k);
+            sums = four_rows(sums, row, quad, k, scales);
+            sums = four_rows(sums, row, quad, k + 1u, scales);
+            sums = four_rows(sums, row, quad, k + 2u, scales);
+            sums = four_rows(sums, row, quad, k + 3u, scales);
+        }
+        for (var k = whole; k < params.k4; k++) {
+            sums = four_rows(sums, row, quad, k, load_scales(quad, k));
         }
     }
     if column >= params.end_column { return; }
@@ -62,23 +64,41 @@ fn grouped_matmul(group: u32, invocation: u32) {
     if tile.num_rows > 3u { store_sums(tile.expert, tile_row(tile, 3u), out, sums.r3); }
 }
 
+// One step of a tile of two rows. Lane l % 2 loads the inputs of row l % 2.
+fn two_rows(sums: Sums, row: u32, quad: u32, k: u32, scales: Scales) -> Sums {
+    let w = load_weights4x4(quad, k, scales);
+    let x = load_input4(row, params.x_stride, k);
+    return Sums(
+        step(sums.r0, subgroupBroadcast(x, 0u), w),
+        step(sums.r1, subgroupBroadcast(x, 1u), w),
+        sums.r2, sums.r3);
+}
+
+// One step of a tile of three or four rows. Lane l % 4 loads the inputs of row l % 4.
+fn four_rows(sums: Sums, row: u32, quad: u32, k: u32, scales: Scales) -> Sums {
+    let w = load_weights4x4(quad, k, scales);
+    let x = load_input4(row, params.x_stride, k);
+    return Sums(
+        step(sums.r0, subgroupBroadcast(x, 0u), w),
+        step(sums.r1, subgroupBroadcast(x, 1u), w),
+        step(sums.r2, subgroupBroadcast(x, 2u), w),
+        step(sums.r3, subgroupBroadcast(x, 3u), w));
+}
+
 // The sums of a tile of one row: four vec4 of its inputs for each load.
 fn one_row(row: u32, quad: u32, quarter: u32) -> vec4<f32> {
     var sums = vec4<f32>(0.0);
-    for (var group = 0u; group < params.k4; group += SCALED_K4) {
-        let scales = load_scales(quad, group);
-        let end = min(group + SCALED_K4, params.k4);
-        let whole = group + (end - group) / 4u * 4u;
-        for (var k = group; k < whole; k += 4u) {
-            let x = load_input4(row, params.x_stride, k + quarter);
-            sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k, scales));
-            sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u, scales));
-            sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u, scales));
-            sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u, scales));
-        }
-        for (var k = whole; k < end; k++) {
-            sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, scales));
-        }
+    let whole = params.k4 / 4u * 4u;
+    for (var k = 0u; k < whole; k += 4u) {
+        let x = load_input4(row, params.x_stride, k + quarter);
+        let scales = load_scales(quad, k);
+        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k, scales));
+        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u, scales));
+        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u, scales));
+        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u, scales));
+    }
+    for (var k = whole; k < params.k4; k++) {
+        sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, load_scales(quad, k)));
     }
     return sums;
 }

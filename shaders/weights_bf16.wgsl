@@ -3,7 +3,6 @@
 @group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
 
 alias Scales = u32;
-const SCALED_K4: u32 = 65536u;
 
 fn load_scales(quad: u32, k: u32) -> Scales {
     return 0u;

@@ -8,7 +8,6 @@
 
 // What a group of inputs shares: nothing here, so all inputs are one group.
 alias Scales = u32;
-const SCALED_K4: u32 = 65536u;
 
 fn load_scales(quad: u32, k: u32) -> Scales {
     return 0u;

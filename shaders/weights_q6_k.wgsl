@@ -12,8 +12,8 @@ alias Scales = vec4<f32>;
 fn load_scales(quad: u32, k: u32) -> Scales {
     let d = 4u * quad * params.quad_stride + 3u * params.k4;
     let block = d + 2u * (k / 64u);
-    let scale = unpack4xI8(weights[d + 2u * (params.k4 / 64u) + k / SCALED_K4]);
-    return vec4<f32>(unpack2x16float(weights[block]), unpack2x16float(weights[block + 1u])) * vec4<f32>(scale);
+    let scale = signed_bytes(weights[d + 2u * (params.k4 / 64u) + k / SCALED_K4]);
+    return vec4<f32>(unpack2x16float(weights[block]), unpack2x16float(weights[block + 1u])) * scale;
 }
 
 // Four columns of one input, from the lower half of a word and the lowest byte of another.

@@ -17,8 +17,8 @@ fn load_scales(quad: u32, k: u32) -> Scales {
 fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
     let codes = weights[quad * params.quad_stride + k];
     return mat4x4<f32>(
-        vec4<f32>(unpack4xI8(codes.x)) * scales,
-        vec4<f32>(unpack4xI8(codes.y)) * scales,
-        vec4<f32>(unpack4xI8(codes.z)) * scales,
-        vec4<f32>(unpack4xI8(codes.w)) * scales);
+        signed_bytes(codes.x) * scales,
+        signed_bytes(codes.y) * scales,
+        signed_bytes(codes.z) * scales,
+        signed_bytes(codes.w) * scales);
 }

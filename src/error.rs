@@ -49,7 +49,9 @@ pub enum Error {
         num_tokens: u32,
     },
     /// A weight that the chosen storage format cannot hold.
-    #[error("{tensor} holds {value} at element {index}, which {format} cannot represent; use a format with wider scales, such as bf16 or f32")]
+    #[error(
+        "{tensor} holds {value} at element {index}, which {format} cannot represent; use a format with wider scales, such as bf16 or f32"
+    )]
     NotRepresentable {
         /// Name of the tensor.
         tensor: String,

@@ -96,12 +96,12 @@ pub use model::batch::{Batch, Front};
 pub use model::checkpoint::{Checkpoint, LoadedLayer};
 pub use model::config::{LayerExtras, MoeConfig, Norm, SharedExperts, SharedGate, SpecialKind};
 pub use model::family::Family;
+pub use model::formats::{IntGroups, LayerFormats, WeightFormat};
 pub use model::routing::{
     Capacity, CapacityLimit, DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing,
     RoutingDecision, Scores, Selection,
 };
 pub use model::statistics::Statistics;
-pub use model::formats::{IntGroups, LayerFormats, WeightFormat};
 pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};
 pub use plan::Plan;
 pub use wgpu;

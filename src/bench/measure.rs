@@ -7,8 +7,8 @@ use crate::bench::verify;
 use crate::bench::workload::Workload;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
-use crate::model::routing::RoutingDecision;
 use crate::model::formats::WeightFormat;
+use crate::model::routing::RoutingDecision;
 use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, Roofline, dense_matmul_time};
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,7 @@ impl Bench<'_> {
     pub fn run(
         &self,
         preset: Option<&str>,
-        workload: &Workload,
+        mut workload: Workload,
         batches: &[u32],
         progress: &mut dyn FnMut(Progress),
     ) -> Vec<Outcome> {
@@ -77,6 +77,13 @@ impl Bench<'_> {
             Ok(layer) => layer,
             Err(error) => return vec![failed(None, error.to_string())],
         };
+        // The reference gets what the layer holds. Floats hold the workload's weights exactly.
+        if self.weights.scaled_inputs().is_some()
+            && let Err(error) = workload.weights.round(&workload.config, self.weights)
+        {
+            return vec![failed(None, error.to_string())];
+        }
+        let workload = &workload;
         batches
             .iter()
             .map(|&tokens| match self.measure(preset, workload, &layer, tokens, progress) {

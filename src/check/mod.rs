@@ -18,8 +18,8 @@ use crate::kernels::matmul::MatmulChoice;
 use crate::model::activation::Activation;
 use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
-use crate::model::routing::Routing;
 use crate::model::formats::WeightFormat;
+use crate::model::routing::Routing;
 use crate::model::weights::MoeWeights;
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
 use crate::reference::router::{self, Logits, Router};
@@ -65,13 +65,7 @@ const SHAPES: &[(u32, u32, u32, u32, u32, f64)] = &[
 
 /// Runs every check that the context's device can run. `progress(done, total, kernel)` is called before each.
 pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<KernelCheck>> {
-    let formats = |hidden: u32, intermediate: u32| {
-        let fits = move |format: &WeightFormat| {
-            [hidden, intermediate].iter().all(|&inputs| format.check_inputs("weights", inputs).is_ok())
-        };
-        WeightFormat::every().into_iter().filter(fits)
-    };
-    let shapes = SHAPES.iter().map(|&(_, hidden, intermediate, ..)| formats(hidden, intermediate).count()).sum::<usize>();
+    let shapes = (0..SHAPES.len()).map(|index| formats(index).len()).sum::<usize>();
     let mut done = 0;
     let total = shapes + layers::count();
     let mut checks = Vec::new();
@@ -83,7 +77,7 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
             workload.weights.router_bias = Some((0..experts).map(|e| (e % 7) as f32 * 0.125 - 0.375).collect());
         }
         let x = workload.input(tokens)?;
-        for (f, format) in formats(hidden, intermediate).enumerate() {
+        for (f, format) in formats(index).into_iter().enumerate() {
             let shape = format!("t{tokens} h{hidden} i{intermediate} e{experts} k{top_k} {}", format.name());
             progress(done, total, &shape);
             done += 1;
@@ -100,6 +94,15 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
     })?);
     progress(total, total, "");
     Ok(checks)
+}
+
+/// Floats on every shape; other formats on those that hold whole blocks of each, other groups of integers on the last.
+fn formats(shape: usize) -> Vec<WeightFormat> {
+    match SHAPES.len() - shape {
+        1 => WeightFormat::every(),
+        2 => WeightFormat::ALL.to_vec(),
+        _ => vec![WeightFormat::F32, WeightFormat::F16],
+    }
 }
 
 /// One shape with its reference.

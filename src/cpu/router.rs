@@ -5,12 +5,12 @@ use crate::error::{Error, Result};
 use crate::model::activation::sigmoid;
 use crate::model::batch::Batch;
 use crate::model::config::{MoeConfig, SharedGate};
+use crate::model::formats::WeightFormat;
 use crate::model::noise;
 use crate::model::routing::{
     DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing, RoutingDecision, Scores,
     Selection,
 };
-use crate::model::formats::WeightFormat;
 use crate::model::weights::MoeWeights;
 use rayon::prelude::*;
 

@@ -239,7 +239,9 @@ impl MatmulChoice {
             stage,
             label: match tiles {
                 Tiles::Routed => format!("{}.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix()),
-                Tiles::Dense => format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix()),
+                Tiles::Dense => {
+                    format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix())
+                }
             },
             parts,
             bindings,
@@ -262,8 +264,8 @@ fn weights_parts(format: WeightFormat) -> Vec<Part> {
         WeightFormat::Nvfp4 => vec![wgsl!("e2m1"), wgsl!("e4m3"), wgsl!("weights_nvfp4")],
         WeightFormat::Fp8 => vec![wgsl!("e4m3"), wgsl!("weights_fp8")],
         WeightFormat::Q4_0 => vec![wgsl!("nibbles"), wgsl!("weights_q4_0")],
-        WeightFormat::Q8_0 => vec![wgsl!("weights_q8_0")],
+        WeightFormat::Q8_0 => vec![wgsl!("signed_bytes"), wgsl!("weights_q8_0")],
         WeightFormat::Q4K => vec![wgsl!("nibbles"), wgsl!("weights_q4_k")],
-        WeightFormat::Q6K => vec![wgsl!("nibbles"), wgsl!("weights_q6_k")],
+        WeightFormat::Q6K => vec![wgsl!("nibbles"), wgsl!("signed_bytes"), wgsl!("weights_q6_k")],
     }
 }

@@ -21,8 +21,8 @@ pub mod token_statistics;
 pub mod token_table;
 
 use crate::model::activation::Activation;
-use crate::model::routing::{Capacity, Priority, Selection};
 use crate::model::formats::WeightFormat;
+use crate::model::routing::{Capacity, Priority, Selection};
 use combine::{Rows, Tail};
 use gate_up::Epilogue;
 use matmul::Tiles;

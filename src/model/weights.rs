@@ -261,13 +261,19 @@ impl MoeWeights {
     /// [`Error::InvalidConfig`] where rows are no multiple of the format's blocks, [`Error::NotRepresentable`].
     pub fn rounded(&self, config: &MoeConfig, format: WeightFormat) -> Result<MoeWeights> {
         let mut rounded = self.clone();
-        let x = &mut rounded.extras;
+        rounded.round(config, format)?;
+        Ok(rounded)
+    }
+
+    /// As [`MoeWeights::rounded`], in place. On an error, some are rounded.
+    pub fn round(&mut self, config: &MoeConfig, format: WeightFormat) -> Result<()> {
+        let x = &mut self.extras;
         let (d, i) = (config.expert_size(), config.intermediate_size());
         let (h, s) = (config.hidden_size(), config.extras().shared.map_or(1, |shared| shared.intermediate_size));
         for (tensor, values, rows, inputs) in [
-            ("gate_proj", &mut rounded.gate_proj, i, d),
-            ("up_proj", &mut rounded.up_proj, i, d),
-            ("down_proj", &mut rounded.down_proj, d, i),
+            ("gate_proj", &mut self.gate_proj, i, d),
+            ("up_proj", &mut self.up_proj, i, d),
+            ("down_proj", &mut self.down_proj, d, i),
             ("shared_gate_proj", &mut x.shared_gate_proj, s, h),
             ("shared_up_proj", &mut x.shared_up_proj, s, h),
             ("shared_down_proj", &mut x.shared_down_proj, h, s),
@@ -277,7 +283,7 @@ impl MoeWeights {
                 values.copy_from_slice(&formats::decode(format, inputs as usize, &packed));
             }
         }
-        Ok(rounded)
+        Ok(())
     }
 }
 

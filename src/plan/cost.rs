@@ -62,11 +62,23 @@ pub fn stages(
         let (n, s, s4) = (shared.num.into(), shared.intermediate_size.into(), pad4(shared.intermediate_size).into());
         let (n, s, s4): (u64, u64, u64) = (n, s, s4);
         let columns = first(shared.activation.is_gated()) * s;
-        stages.push(("shared_gate_up", 2 * n * t * columns * h, weights(formats.shared_gate_up, n * columns, h) + 4 * (t * h + n * t * s4)));
-        stages.push(("shared_down", 2 * n * t * s * h, weights(formats.shared_down, n * h, s) + 4 * n * (t * s4 + t * h4)));
+        stages.push((
+            "shared_gate_up",
+            2 * n * t * columns * h,
+            weights(formats.shared_gate_up, n * columns, h) + 4 * (t * h + n * t * s4),
+        ));
+        stages.push((
+            "shared_down",
+            2 * n * t * s * h,
+            weights(formats.shared_down, n * h, s) + 4 * n * (t * s4 + t * h4),
+        ));
     }
     let columns = first(config.activation().is_gated()) * i;
-    stages.push(("gate_up", 2 * a * columns * d, weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4)));
+    stages.push((
+        "gate_up",
+        2 * a * columns * d,
+        weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4),
+    ));
     stages.push(("down", 2 * a * d * i, weights(formats.down, reached * d, i) + 4 * (a * i4 + a * d4)));
     stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * h)));
     if config.extras().latent_size.is_some() {

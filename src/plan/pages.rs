@@ -42,7 +42,8 @@ pub fn weight_pages(num_experts: u32, num_columns: u32, quad_bytes: u64, limit: 
         }
         return Ok(pages);
     }
-    let columns_per_page = (limit / bytes_of(COLUMN_GROUP)).min(u64::from(num_columns / COLUMN_GROUP) + 1) as u32 * COLUMN_GROUP;
+    let columns_per_page =
+        (limit / bytes_of(COLUMN_GROUP)).min(u64::from(num_columns / COLUMN_GROUP) + 1) as u32 * COLUMN_GROUP;
     if columns_per_page == 0 {
         return Err(Error::LimitExceeded {
             what: format!("a weight page of {COLUMN_GROUP} columns"),

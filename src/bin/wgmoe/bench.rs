@@ -231,7 +231,7 @@ fn run_job(
         }
     };
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
-    for outcome in bench.run(job.name.as_deref(), &workload, &job.tokens, &mut show) {
+    for outcome in bench.run(job.name.as_deref(), workload, &job.tokens, &mut show) {
         match outcome {
             Outcome::Measured(row) => rows.push(*row),
             Outcome::Failed(failure) => failures.push(failure),

@@ -14,7 +14,7 @@
 //! wrong, what was found and what was expected; callers add file and tensor.
 
 use super::small_floats::{E2M1_MAX, E4M3_MAX, e4m3};
-use super::{Groups, RowLayout, WeightFormat};
+use super::{IntGroups, RowLayout, WeightFormat};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -123,7 +123,7 @@ pub(crate) struct Integers<'a> {
 
 /// How stored groups become those of a packed row.
 struct Grouping {
-    /// Groups of a row, as stored.
+    /// IntGroups of a row, as stored.
     stored: usize,
     /// Packed groups for each of them: wide ones, up to whole rows, are repeated.
     repeats: usize,
@@ -158,11 +158,11 @@ impl Integers<'_> {
             return Err(format!("there are {found} scales, expected {expected}"));
         }
         let group = inputs / stored;
-        let mut sizes = Groups::SIZES.into_iter().rev();
+        let mut sizes = IntGroups::SIZES.into_iter().rev();
         let Some(size) = sizes.find(|&size| group.is_multiple_of(size as usize)) else {
             return Err(format!("groups have {group} inputs, expected 16, 32, 64, 128 or a multiple of one of these"));
         };
-        // Groups are multiples of 16 inputs, so these are whole integers of 32 bits.
+        // IntGroups are multiples of 16 inputs, so these are whole integers of 32 bits.
         check_bytes("codes", self.codes, rows * inputs * bits as usize / 8)?;
         if let Some(index) = self.group_index {
             check_bytes("the group index", index, inputs * 4)?;
@@ -215,7 +215,7 @@ impl Integers<'_> {
         scale: impl Fn(usize, usize) -> usize + Sync,
         codes: impl Fn(usize, &mut [u8], &RowLayout) + Sync,
     ) -> (WeightFormat, Vec<u8>) {
-        let groups = Groups { size: grouping.size as u8, zero_points: zeros.is_some() };
+        let groups = IntGroups { size: grouping.size as u8, zero_points: zeros.is_some() };
         let format = if self.bits == 4 { WeightFormat::Int4(groups) } else { WeightFormat::Int8(groups) };
         let layout = format.layout(self.inputs);
         let mut packed = vec![0; self.rows * layout.bytes];

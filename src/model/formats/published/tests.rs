@@ -155,7 +155,7 @@ fn integers_of_every_layout_keep_their_values() {
     for (rows, inputs, group, size) in SHAPES {
         for (bits, symmetric) in [(4, true), (4, false), (8, true), (8, false)] {
             let known = Known::new((rows, inputs, group, bits), symmetric);
-            let groups = Groups::new(size, !symmetric).expect("a size");
+            let groups = IntGroups::new(size, !symmetric).expect("a size");
             let format = if bits == 4 { WeightFormat::Int4(groups) } else { WeightFormat::Int8(groups) };
             let index = known.trivial_index();
 
@@ -180,7 +180,7 @@ fn integers_of_every_layout_keep_their_values() {
             if bits == 4 {
                 let (codes, zeros) = known.awq();
                 let rows = awq_rows(&known.integers(&codes, &scales, Some(&zeros))).expect("what was packed");
-                assert_eq!(rows.0, WeightFormat::Int4(Groups::new(size, true).expect("a size")));
+                assert_eq!(rows.0, WeightFormat::Int4(IntGroups::new(size, true).expect("a size")));
                 known.assert_holds(rows, "AWQ");
             }
         }
