@@ -7,7 +7,7 @@ use crate::model::config::MoeConfig;
 use crate::model::family::Family;
 use crate::model::family::layout::Layout;
 use crate::model::formats::WeightFormat;
-use crate::model::layer_reader::{LayerReader, Shards};
+use crate::model::layer_reader::{self, LayerFile, LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
 use crate::model::routing::Routing;
 use crate::model::tensor_file::{self, TensorFile};
@@ -19,6 +19,8 @@ use std::path::{Component, Path, PathBuf};
 
 pub use crate::model::tensor_file::{read_integers, read_tensor, write_tensor};
 
+/// Metadata key: formats of the tensors that hold packed rows, as JSON.
+pub(crate) const PACKED_KEY: &str = "packed_weights";
 const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The index of the largest published checkpoint is about 15 MB.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -32,6 +34,8 @@ pub struct Checkpoint {
     file_of_tensor: BTreeMap<String, usize>,
     metadata: BTreeMap<String, String>,
     config: Option<ModelConfig>,
+    /// Tensors of packed rows, which this program wrote.
+    packed: BTreeMap<String, WeightFormat>,
 }
 
 /// One layer, read and checked.
@@ -67,8 +71,21 @@ impl Checkpoint {
             let file = TensorFile::open(&content)?;
             let file_of_tensor = file.tensors.into_keys().map(|name| (name, 0)).collect();
             let metadata = file.metadata;
-            Self { path: path.to_owned(), files: vec![content], file_of_tensor, metadata, config: None }
+            Self {
+                path: path.to_owned(),
+                files: vec![content],
+                file_of_tensor,
+                metadata,
+                config: None,
+                packed: BTreeMap::new(),
+            }
         };
+        if let Some(json) = checkpoint.metadata.get(PACKED_KEY) {
+            let bad = |message| Error::BadFile { path: checkpoint.path.clone(), message };
+            checkpoint.packed = serde_json::from_str::<UniqueMap<WeightFormat>>(json)
+                .map_err(|error| bad(format!("metadata key {PACKED_KEY:?}: {error}")))?
+                .0;
+        }
         checkpoint.config = match checkpoint.metadata.get("config") {
             Some(json) => Some(ModelConfig::parse(&checkpoint.path, json.as_bytes())?),
             None => read_config(&folder.join("config.json"))?,
@@ -98,7 +115,14 @@ impl Checkpoint {
         let number: BTreeMap<String, usize> = shards.into_iter().cloned().zip(0..).collect();
         let files = number.keys().map(|shard| folder.join(shard)).collect();
         let file_of_tensor = index.weight_map.0.into_iter().map(|(tensor, shard)| (tensor, number[&shard])).collect();
-        Ok(Self { path: path.to_owned(), files, file_of_tensor, metadata: BTreeMap::new(), config: None })
+        Ok(Self {
+            path: path.to_owned(),
+            files,
+            file_of_tensor,
+            metadata: BTreeMap::new(),
+            config: None,
+            packed: BTreeMap::new(),
+        })
     }
 
     /// What was opened.
@@ -140,22 +164,31 @@ impl Checkpoint {
         let config = family.moe_config(model_config, layer)?;
         let (layout_name, layout, prefix) = self.find_layout(family, layer)?;
         let reader = LayerReader { family, layout, prefix: &prefix, config: &config };
-        let (path, files, file_of_tensor) = (&self.path, &self.files, &self.file_of_tensor);
-        let read = reader.read(Shards { path, files, file_of_tensor, open: BTreeMap::new() })?;
-        let config = match read.weight_scale {
-            Some(factor) => scaled(&config, factor)?,
-            None => config,
-        };
-        read.weights.validate(&config, WeightFormat::F32)?;
+        let file = LayerFile::open(reader, self.shards(model_config))?;
+        let stored_as = file.stored_as.iter().cloned().collect();
+        let (weights, scale) = file.read_all()?;
+        let config = scale.map_or_else(|| Ok(config.clone()), |factor| scaled(&config, factor))?;
+        weights.validate(&config, WeightFormat::F32)?;
         Ok(LoadedLayer {
             config,
-            weights: read.weights,
+            weights,
             family: family.name().to_owned(),
             model_type: model_config.model_type().map(str::to_owned),
             layout: layout_name.to_owned(),
             prefix,
-            stored_as: read.stored_as.into_iter().collect(),
+            stored_as,
         })
+    }
+
+    fn shards(&self, config: &ModelConfig) -> Shards<'_> {
+        Shards {
+            path: &self.path,
+            files: &self.files,
+            file_of_tensor: &self.file_of_tensor,
+            open: BTreeMap::new(),
+            packed: &self.packed,
+            quantization: config.quantization(),
+        }
     }
 
     /// The first layout and prefix whose router and first projection exist.
@@ -178,8 +211,7 @@ impl Checkpoint {
             for prefix in prefixes {
                 let there = |name: &str| {
                     let tensor = format!("{prefix}{}", name.replace("{expert}", "0"));
-                    let [plain, packed] = [tensor.clone(), format!("{tensor}_blocks")];
-                    self.file_of_tensor.contains_key(&plain) || self.file_of_tensor.contains_key(&packed)
+                    layer_reader::is_stored(|tensor| self.file_of_tensor.contains_key(tensor), &tensor)
                 };
                 let mut landmarks = layout.landmarks();
                 let missing = landmarks.find(|tensor| !tensor.names.iter().any(|name| there(name)));

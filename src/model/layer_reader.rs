@@ -5,8 +5,12 @@ use crate::error::{Error, Result};
 use crate::model::config::{MoeConfig, SharedGate};
 use crate::model::family::layout::{Layout, TensorNames};
 use crate::model::family::{Family, NORMS};
-use crate::model::packed::{self, Blocks};
+use crate::model::formats::published::{self, GptqZeros, Integers, Kind, MatrixScale, Nvfp4, Qweight};
+use crate::model::formats::{self, LayerFormats, WeightFormat};
+use crate::model::model_config::Quantization;
 use crate::model::routing::{Noise, Scores};
+use crate::model::source::{ExpertKind, ExpertSource};
+use crate::model::stored::{self, Blocks, FP4_BLOCK, Fp4Scales, PackedMatrix};
 use crate::model::tensor_file::{self, TensorFile};
 use crate::model::weights::{ExtraWeights, MoeWeights};
 use safetensors::Dtype;
@@ -23,6 +27,20 @@ pub(crate) struct Shards<'c> {
     pub file_of_tensor: &'c BTreeMap<String, usize>,
     /// Those that are open.
     pub open: BTreeMap<usize, TensorFile>,
+    /// Tensors of packed rows, which this program wrote.
+    pub packed: &'c BTreeMap<String, WeightFormat>,
+    /// What the configuration says of quantised tensors.
+    pub quantization: Quantization,
+}
+
+/// Numbers are stored under this name, or in tensors that are called after it.
+pub(crate) fn is_stored(present: impl Fn(&str) -> bool, name: &str) -> bool {
+    present(name) || present(&format!("{name}_blocks")) || published::detect(&present, base(name)).is_some()
+}
+
+/// What quantised tensors are called by, instead of `weight`.
+fn base(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
 }
 
 impl Shards<'_> {
@@ -44,6 +62,7 @@ impl Shards<'_> {
 }
 
 /// One layer in one layout.
+#[derive(Clone, Copy)]
 pub(crate) struct LayerReader<'a> {
     /// For messages, and for norms that are stored minus one.
     pub family: &'a Family,
@@ -53,15 +72,6 @@ pub(crate) struct LayerReader<'a> {
     pub prefix: &'a str,
     /// What the layer is.
     pub config: &'a MoeConfig,
-}
-
-/// What was read.
-pub(crate) struct ReadLayer {
-    pub weights: MoeWeights,
-    /// Factor of the routing scale.
-    pub weight_scale: Option<f32>,
-    /// Types of the tensors.
-    pub stored_as: BTreeSet<String>,
 }
 
 /// `count` matrices of one shape.
@@ -89,6 +99,10 @@ enum Storage {
     Fp8 { scales: String },
     /// Two in a byte, with a scale for each 32.
     Fp4 { bytes: String, scales: String },
+    /// One of the layouts that quantisers write.
+    Published { kind: Kind, base: String },
+    /// Packed rows.
+    Packed(WeightFormat),
 }
 
 impl LayerReader<'_> {
@@ -151,10 +165,7 @@ impl LayerReader<'_> {
             else {
                 continue;
             };
-            let there = names.iter().find(|name| {
-                let first = self.name(name, 0);
-                shards.has(&first) || shards.has(&format!("{first}_blocks"))
-            });
+            let there = names.iter().find(|name| is_stored(|tensor| shards.has(tensor), &self.name(name, 0)));
             match there.or(if *optional { None } else { names.first() }) {
                 Some(pattern) => found.push(Found { slot, pattern: pattern.clone(), shape }),
                 None => continue,
@@ -175,6 +186,20 @@ impl LayerReader<'_> {
 
     /// How a tensor is stored, from its type and from what lies beside it.
     fn storage(&self, shards: &mut Shards, name: &str) -> Result<Storage> {
+        if let Some(&format) = shards.packed.get(name) {
+            return Ok(Storage::Packed(format));
+        }
+        if let Some(kind) = published::detect(|tensor| shards.has(tensor), base(name)) {
+            let base = base(name).to_owned();
+            if let Some(extra) = published::unsupported(|tensor| shards.has(tensor), &base) {
+                return Err(Error::Unsupported {
+                    what: format!("tensor \"{base}.{extra}\" of {}", shards.path.display()),
+                    by: "beside quantised weights".to_owned(),
+                    hint: "it changes what the weights do; use a checkpoint without it".to_owned(),
+                });
+            }
+            return Ok(Storage::Published { kind, base });
+        }
         let [bytes, scales] = ["blocks", "scales"].map(|end| format!("{name}_{end}"));
         if !shards.has(name) && shards.has(&bytes) && shards.has(&scales) {
             return Ok(Storage::Fp4 { bytes, scales });
@@ -193,50 +218,11 @@ impl LayerReader<'_> {
         })
     }
 
-    /// Reads every tensor. Shapes are checked first, so sizes are bounded by what is on disk.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for a tensor under the prefix that is not described: a bias, a scale or a shared expert
-    /// must not be left out in silence.
-    pub fn read(&self, mut shards: Shards) -> Result<ReadLayer> {
-        let shards = &mut shards;
-        let found = self.find(shards)?;
-        self.check_all_used(shards, &found)?;
-        let mut stored_as = BTreeSet::new();
-        for tensor in &found {
-            self.check(shards, tensor, &mut stored_as)?;
-        }
-
-        let mut values: BTreeMap<&'static str, Vec<f32>> = BTreeMap::new();
-        let mut token_table = None;
-        for tensor in &found {
-            match tensor.slot {
-                "token_table" => token_table = Some(self.read_table(shards, tensor)?),
-                "gate_up_proj" => self.read_fused(shards, tensor, ["gate_proj", "up_proj"], &mut values)?,
-                "gate_up_bias" => self.read_fused(shards, tensor, ["gate_bias", "up_bias"], &mut values)?,
-                "shared_gate_up_proj" => {
-                    self.read_fused(shards, tensor, ["shared_gate_proj", "shared_up_proj"], &mut values)?;
-                }
-                slot => {
-                    let mut all = Vec::new();
-                    let Shape { count, rows, columns, .. } = tensor.shape;
-                    shards.file_of_first(self, tensor)?.reserve(&mut all, count.saturating_mul(rows * columns))?;
-                    for item in 0..count {
-                        all.extend(self.read_matrix(shards, tensor, item)?);
-                    }
-                    values.insert(slot, all);
-                }
-            }
-        }
-        Ok(self.assemble(values, token_table, stored_as))
-    }
-
     fn assemble(
         &self,
         mut values: BTreeMap<&'static str, Vec<f32>>,
         token_table: Option<Vec<u32>>,
-        stored_as: BTreeSet<String>,
-    ) -> ReadLayer {
+    ) -> (MoeWeights, Option<f32>) {
         for norm in NORMS {
             let (Some(shape), described) = (self.shape(norm), self.layout.has(norm)) else { continue };
             if !described {
@@ -286,7 +272,7 @@ impl LayerReader<'_> {
                 shared_gate: take("shared_gate"),
             },
         };
-        ReadLayer { weights, weight_scale, stored_as }
+        (weights, weight_scale)
     }
 
     /// Each file of a described tensor is there, readable and of the right shape.
@@ -294,6 +280,26 @@ impl LayerReader<'_> {
         for name in self.tensor_names(tensor) {
             let shapes = self.stored_shapes(tensor);
             match self.storage(shards, &name)? {
+                Storage::Packed(format) => {
+                    let Shape { count, rows, columns, .. } = tensor.shape;
+                    format.check_inputs("a packed tensor", u32::try_from(columns).unwrap_or(u32::MAX))?;
+                    let stacked = if self.is_stacked(tensor) { count } else { 1 };
+                    let shape = vec![stacked, rows, format.layout(columns).bytes];
+                    check_shape(shards.file_of(&name)?, &name, &[shape])?;
+                    stored_as.insert(format.name());
+                }
+                Storage::Published { kind, base } => {
+                    if self.is_stacked(tensor) && tensor.shape.count > 1 {
+                        return Err(shards.published_error(&base, "holds all experts; expected one for each expert"));
+                    }
+                    if self.layout.is_transposed(tensor.slot) {
+                        return Err(shards.published_error(&base, "is quantised; the layout expects [in, out]"));
+                    }
+                    stored_as.insert(match kind {
+                        Kind::PackQuantized | Kind::Qweight => "quantised integers".to_owned(),
+                        Kind::Nvfp4PackQuantized | Kind::ModelOptNvfp4 => "NVFP4".to_owned(),
+                    });
+                }
                 Storage::Plain => {
                     let file = shards.file_of(&name)?;
                     check_shape(file, &name, &shapes)?;
@@ -311,7 +317,7 @@ impl LayerReader<'_> {
                     let halved = |shape: &Vec<usize>| {
                         let (last, front) = shape.split_last().map_or((0, &[][..]), |(last, front)| (*last, front));
                         let with = |tail: &[usize]| [front, tail].concat();
-                        let block = packed::FP4_BLOCK;
+                        let block = FP4_BLOCK;
                         ([with(&[last / block, block / 2]), with(&[last / 2])], with(&[last.div_ceil(block)]))
                     };
                     let (blocks, of_scales): (Vec<_>, Vec<_>) = shapes.iter().map(halved).unzip();
@@ -321,7 +327,7 @@ impl LayerReader<'_> {
                     let is_f4 = file.info(&bytes)?.dtype == Dtype::F4;
                     check_shape(file, &bytes, if is_f4 { &shapes } else { &blocks })?;
                     let columns = shapes.first().and_then(|shape| shape.last()).copied().unwrap_or(0);
-                    if columns % packed::FP4_BLOCK != 0 {
+                    if columns % FP4_BLOCK != 0 {
                         return Err(file.mismatch(&bytes, &format!("a multiple of 32 columns, not {columns}")));
                     }
                     check_shape(shards.file_of(&scales)?, &scales, &of_scales)?;
@@ -361,42 +367,59 @@ impl LayerReader<'_> {
         if most > count { vec![of(count), of(most)] } else { vec![of(count)] }
     }
 
-    /// Matrix `item` of a tensor, `[rows, columns]`.
-    fn read_matrix(&self, shards: &mut Shards, tensor: &Found, item: usize) -> Result<Vec<f32>> {
+    /// Matrix `item` of a tensor as packed rows `[rows, columns]`, in the format that it is stored in. What no format
+    /// holds becomes f32. All its weights are finite.
+    fn read_matrix(&self, shards: &mut Shards, tensor: &Found, item: usize) -> Result<PackedMatrix> {
         let name = self.name(&tensor.pattern, item);
         let [rows, columns] = self.stored(tensor);
         let size = rows * columns;
         let start = if self.is_stacked(tensor) { item * size } else { 0 };
-        let mut values = Vec::new();
-        match self.storage(shards, &name)? {
-            Storage::Plain => shards.file_of(&name)?.read_f32(&name, start..start + size, &mut values)?,
+        let transposed = self.layout.is_transposed(tensor.slot);
+        let matrix = match self.storage(shards, &name)? {
+            Storage::Plain => read_plain(shards.file_of(&name)?, &name, start, [rows, columns], transposed)?,
             Storage::Fp8 { scales } => {
-                let bytes = shards.file_of(&name)?.read_bytes(&name, start..start + size)?;
-                values.extend(bytes.into_iter().map(packed::fp8_e4m3));
+                let codes = shards.file_of(&name)?.read_bytes(&name, start..start + size)?;
                 let blocks = self.fp8_blocks(shards, tensor, &scales)?;
                 let count = blocks[0].count * blocks[1].count;
                 let file = shards.file_of(&scales)?;
                 let there: usize = file.info(&scales)?.shape.iter().product();
                 let first = if there > count { item * count } else { 0 };
                 let scales = read_scales(file, &scales, first..first + count)?;
-                packed::scale_blocks(&mut values, columns, &scales, blocks);
+                stored::fp8(codes, columns, &scales, blocks, transposed)
             }
             Storage::Fp4 { bytes, scales } => {
-                let block = packed::FP4_BLOCK;
                 let file = shards.file_of(&scales)?;
-                let scales = read_scales(file, &scales, start / block..(start + size) / block)?;
+                let range = start / FP4_BLOCK..(start + size) / FP4_BLOCK;
+                let scales = if matches!(file.info(&scales)?.dtype, Dtype::U8 | Dtype::F8_E8M0) {
+                    Fp4Scales::Exponents(file.read_bytes(&scales, range)?)
+                } else {
+                    Fp4Scales::Floats(read_scales(file, &scales, range)?)
+                };
                 let file = shards.file_of(&bytes)?;
-                values = packed::unpack_fp4(&file.read_bytes(&bytes, start / 2..(start + size) / 2)?, &scales);
+                let matrix = stored::fp4(&file.read_bytes(&bytes, start / 2..(start + size) / 2)?, columns, scales);
+                if transposed {
+                    let values = stored::transpose::<4>(bytemuck::cast_slice(&matrix.to_f32()), rows, columns);
+                    PackedMatrix { format: WeightFormat::F32, inputs: rows, bytes: values }
+                } else {
+                    matrix
+                }
+            }
+            Storage::Published { kind, base } => shards.published(kind, &base, [rows, columns])?,
+            Storage::Packed(format) => {
+                let Shape { rows, columns, .. } = tensor.shape;
+                let bytes = rows * format.layout(columns).bytes;
+                let start = if self.is_stacked(tensor) { item * bytes } else { 0 };
+                let bytes = shards.file_of(&name)?.read_bytes(&name, start..start + bytes)?;
+                PackedMatrix { format, inputs: columns, bytes }
+            }
+        };
+        match matrix.not_finite() {
+            None => Ok(matrix),
+            Some((index, value)) => {
+                let tensor = format!("tensor {name:?} of {}", shards.path.display());
+                Err(Error::NonFinite { tensor, index: start + index, value })
             }
         }
-        if let Some(index) = values.iter().position(|v| !v.is_finite()) {
-            let tensor = format!("tensor {name:?} of {}", shards.path.display());
-            return Err(Error::NonFinite { tensor, index: start + index, value: values[index] });
-        }
-        if self.layout.is_transposed(tensor.slot) {
-            values = (0..size).map(|at| values[at % rows * columns + at / rows]).collect();
-        }
-        Ok(values)
     }
 
     /// How the rows and columns of each matrix share the scales in tensor `scales`.
@@ -422,37 +445,23 @@ impl LayerReader<'_> {
         }
     }
 
-    /// Reads both first projections, or their biases, from one tensor.
-    fn read_fused(
-        &self,
-        shards: &mut Shards,
-        tensor: &Found,
-        slots: [&'static str; 2],
-        values: &mut BTreeMap<&'static str, Vec<f32>>,
-    ) -> Result<()> {
-        let Shape { count, rows, columns, .. } = tensor.shape;
-        let half = rows / 2 * columns;
-        let [mut first, mut second] = [Vec::new(), Vec::new()];
-        for part in [&mut first, &mut second] {
-            shards.file_of_first(self, tensor)?.reserve(part, count.saturating_mul(half))?;
-        }
-        for item in 0..count {
-            let both = self.read_matrix(shards, tensor, item)?;
-            if self.layout.is_interleaved(tensor.slot) {
-                for pair in both.chunks_exact(2 * columns) {
-                    first.extend(&pair[..columns]);
-                    second.extend(&pair[columns..]);
-                }
-            } else {
-                first.extend(&both[..half]);
-                second.extend(&both[half..]);
+    /// Both first projections, or their biases, from one tensor: each row goes to one of them.
+    fn read_fused(&self, shards: &mut Shards, tensor: &Found, item: usize) -> Result<[PackedMatrix; 2]> {
+        let PackedMatrix { format, inputs, bytes } = self.read_matrix(shards, tensor, item)?;
+        let row_bytes = format.layout(inputs).bytes.max(1);
+        let mut halves = [Vec::with_capacity(bytes.len() / 2), Vec::with_capacity(bytes.len() / 2)];
+        if self.layout.is_interleaved(tensor.slot) {
+            for (n, row) in bytes.chunks_exact(row_bytes).enumerate() {
+                halves[n % 2].extend(row);
             }
+        } else {
+            let (first, second) = bytes.split_at(bytes.len() / row_bytes / 2 * row_bytes);
+            halves = [first.to_vec(), second.to_vec()];
         }
         if self.layout.is_up_first(tensor.slot) {
-            std::mem::swap(&mut first, &mut second);
+            halves.swap(0, 1);
         }
-        values.extend([(slots[0], first), (slots[1], second)]);
-        Ok(())
+        Ok(halves.map(|bytes| PackedMatrix { format, inputs, bytes }))
     }
 
     fn read_table(&self, shards: &mut Shards, tensor: &Found) -> Result<Vec<u32>> {
@@ -467,7 +476,10 @@ impl LayerReader<'_> {
         let mut used = BTreeSet::new();
         for name in found.iter().flat_map(|tensor| self.tensor_names(tensor)) {
             match self.storage(shards, &name)? {
-                Storage::Plain => {}
+                Storage::Plain | Storage::Packed(_) => {}
+                Storage::Published { base, .. } => {
+                    used.extend(published::SUFFIXES.iter().map(|suffix| format!("{base}.{suffix}")));
+                }
                 Storage::Fp8 { scales } => drop(used.insert(scales)),
                 Storage::Fp4 { bytes, scales } => used.extend([bytes, scales]),
             }
@@ -502,13 +514,327 @@ impl LayerReader<'_> {
     }
 }
 
-impl Shards<'_> {
-    /// The file of a tensor's first part.
-    fn file_of_first(&mut self, reader: &LayerReader, tensor: &Found) -> Result<&mut TensorFile> {
-        let name = reader.name(&tensor.pattern, 0);
-        let name = if self.has(&name) { name } else { format!("{name}_blocks") };
-        self.file_of(&name)
+/// A layer in its files: described, found and checked, but not read.
+pub(crate) struct LayerFile<'c> {
+    reader: LayerReader<'c>,
+    shards: Shards<'c>,
+    found: Vec<Found>,
+    /// Types of the tensors.
+    pub stored_as: BTreeSet<String>,
+}
+
+/// Slots of expert matrices: gate, up, both, down.
+fn expert_slots(kind: ExpertKind) -> [&'static str; 4] {
+    match kind {
+        ExpertKind::Routed => ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
+        ExpertKind::Shared => ["shared_gate_proj", "shared_up_proj", "shared_gate_up_proj", "shared_down_proj"],
     }
+}
+
+impl<'c> LayerFile<'c> {
+    /// Finds every tensor and checks shapes, so that sizes are bounded by what is on disk.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a tensor under the prefix that is not described: a bias, a scale or a shared expert
+    /// must not be left out in silence.
+    pub fn open(reader: LayerReader<'c>, mut shards: Shards<'c>) -> Result<Self> {
+        let found = reader.find(&shards)?;
+        reader.check_all_used(&mut shards, &found)?;
+        let mut stored_as = BTreeSet::new();
+        for tensor in &found {
+            reader.check(&mut shards, tensor, &mut stored_as)?;
+        }
+        Ok(Self { reader, shards, found, stored_as })
+    }
+
+    /// All tensors but the matrices of experts, and the factor of the routing scale, if one is stored.
+    pub fn small(&mut self) -> Result<(MoeWeights, Option<f32>)> {
+        let expert_slots = [expert_slots(ExpertKind::Routed), expert_slots(ExpertKind::Shared)].concat();
+        let mut values: BTreeMap<&'static str, Vec<f32>> = BTreeMap::new();
+        let mut token_table = None;
+        let Self { reader, shards, found, .. } = self;
+        for tensor in found.iter().filter(|tensor| !expert_slots.contains(&tensor.slot)) {
+            match tensor.slot {
+                "token_table" => token_table = Some(reader.read_table(shards, tensor)?),
+                "gate_up_bias" => {
+                    let [mut gate, mut up] = [Vec::new(), Vec::new()];
+                    for item in 0..tensor.shape.count {
+                        let [first, second] = reader.read_fused(shards, tensor, item)?;
+                        gate.extend(first.to_f32());
+                        up.extend(second.to_f32());
+                    }
+                    values.extend([("gate_bias", gate), ("up_bias", up)]);
+                }
+                slot => {
+                    let mut all = Vec::new();
+                    for item in 0..tensor.shape.count {
+                        all.extend(reader.read_matrix(shards, tensor, item)?.to_f32());
+                    }
+                    values.insert(slot, all);
+                }
+            }
+        }
+        Ok(reader.assemble(values, token_table))
+    }
+
+    fn matrix(&mut self, slot: &str, item: usize) -> Result<Option<PackedMatrix>> {
+        match self.found.iter().find(|tensor| tensor.slot == slot) {
+            Some(tensor) => self.reader.read_matrix(&mut self.shards, tensor, item).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Gate and up of one expert, as they are stored.
+    fn first(&mut self, kind: ExpertKind, expert: usize) -> Result<[Option<PackedMatrix>; 2]> {
+        let [gate, up, both, _] = expert_slots(kind);
+        if let Some(tensor) = self.found.iter().find(|tensor| tensor.slot == both) {
+            return Ok(self.reader.read_fused(&mut self.shards, tensor, expert)?.map(Some));
+        }
+        Ok([self.matrix(gate, expert)?, self.matrix(up, expert)?])
+    }
+
+    fn down(&mut self, kind: ExpertKind, expert: usize) -> Result<Option<PackedMatrix>> {
+        self.matrix(expert_slots(kind)[3], expert)
+    }
+
+    /// The formats that the first expert of each kind is stored in.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if its gate and its up projection differ: kernels read them together.
+    pub fn stored_formats(&mut self) -> Result<LayerFormats> {
+        let mut formats = LayerFormats::default();
+        for kind in [ExpertKind::Routed, ExpertKind::Shared] {
+            let of_first = match self.first(kind, 0)? {
+                [Some(gate), Some(up)] if gate.format != up.format => {
+                    return Err(self.mixed(format!("gate as {} and up as {}", gate.format, up.format)));
+                }
+                [_, up] => up.map_or(WeightFormat::F32, |up| up.format),
+            };
+            let of_down = self.down(kind, 0)?.map_or(WeightFormat::F32, |down| down.format);
+            match kind {
+                ExpertKind::Routed => (formats.gate_up, formats.down) = (of_first, of_down),
+                ExpertKind::Shared => (formats.shared_gate_up, formats.shared_down) = (of_first, of_down),
+            }
+        }
+        Ok(formats)
+    }
+
+    fn mixed(&self, what: String) -> Error {
+        Error::Unsupported {
+            what: format!("{}: {what}", self.shards.path.display()),
+            by: "as it is stored".to_owned(),
+            hint: "name one format for all experts, such as --weights bf16".to_owned(),
+        }
+    }
+
+    /// Everything as f32 `[out, in]`.
+    pub fn read_all(mut self) -> Result<(MoeWeights, Option<f32>)> {
+        let (mut weights, scale) = self.small()?;
+        let shared = self.reader.config.extras().shared.map_or(0, |shared| shared.num as usize);
+        for (kind, experts) in
+            [(ExpertKind::Routed, self.reader.config.num_weighted_experts() as usize), (ExpertKind::Shared, shared)]
+        {
+            let x = &mut weights.extras;
+            let [gate_proj, up_proj, down_proj] = match kind {
+                ExpertKind::Routed => [&mut weights.gate_proj, &mut weights.up_proj, &mut weights.down_proj],
+                ExpertKind::Shared => [&mut x.shared_gate_proj, &mut x.shared_up_proj, &mut x.shared_down_proj],
+            };
+            for expert in 0..experts {
+                let [gate, up] = self.first(kind, expert)?;
+                let down = self.down(kind, expert)?;
+                for (values, matrix) in [(&mut *gate_proj, gate), (&mut *up_proj, up), (&mut *down_proj, down)] {
+                    let Some(matrix) = matrix else { continue };
+                    let new = matrix.to_f32();
+                    if expert == 0 {
+                        tensor_file::reserve(self.shards.path, values, new.len().saturating_mul(experts))?;
+                    }
+                    values.extend(new);
+                }
+            }
+        }
+        Ok((weights, scale))
+    }
+}
+
+/// Experts of a layer as they are read from its files.
+pub(crate) struct FileSource<'c> {
+    pub file: LayerFile<'c>,
+    pub formats: LayerFormats,
+    /// The formats are those of the first expert: another one is an error, as it would have to be rounded.
+    pub as_stored: bool,
+}
+
+impl FileSource<'_> {
+    fn convert(&self, slot: &str, expert: usize, matrix: Option<PackedMatrix>, to: WeightFormat) -> Result<Vec<u8>> {
+        let Some(matrix) = matrix else { return Ok(Vec::new()) };
+        if matrix.format == to {
+            return Ok(matrix.bytes);
+        }
+        if self.as_stored {
+            return Err(self
+                .file
+                .mixed(format!("{slot} of expert {expert} as {}, of expert 0 as {to}", matrix.format)));
+        }
+        let values = matrix.to_f32();
+        formats::encode(to, matrix.inputs, &values).map_err(|at| Error::NotRepresentable {
+            tensor: format!("{slot} of expert {expert} of {}", self.file.shards.path.display()),
+            index: at.index,
+            value: at.value,
+            format: to.name(),
+        })
+    }
+}
+
+impl ExpertSource for FileSource<'_> {
+    fn formats(&self) -> LayerFormats {
+        self.formats
+    }
+
+    fn first(&mut self, kind: ExpertKind, expert: usize) -> Result<[Vec<u8>; 2]> {
+        let [gate, up] = self.file.first(kind, expert)?;
+        let to = match kind {
+            ExpertKind::Routed => self.formats.gate_up,
+            ExpertKind::Shared => self.formats.shared_gate_up,
+        };
+        let [gate_slot, up_slot, ..] = expert_slots(kind);
+        Ok([self.convert(gate_slot, expert, gate, to)?, self.convert(up_slot, expert, up, to)?])
+    }
+
+    fn down(&mut self, kind: ExpertKind, expert: usize) -> Result<Vec<u8>> {
+        let down = self.file.down(kind, expert)?;
+        let to = match kind {
+            ExpertKind::Routed => self.formats.down,
+            ExpertKind::Shared => self.formats.shared_down,
+        };
+        self.convert(expert_slots(kind)[3], expert, down, to)
+    }
+}
+
+impl Shards<'_> {
+    fn published_error(&self, base: &str, message: &str) -> Error {
+        Error::BadFile { path: self.path.to_owned(), message: format!("tensor {base:?} {message}") }
+    }
+
+    /// All bytes of `base.suffix`, which has one of these types.
+    fn all_bytes(&mut self, base: &str, suffix: &str, dtypes: &[Dtype]) -> Result<Vec<u8>> {
+        let name = format!("{base}.{suffix}");
+        let file = self.file_of(&name)?;
+        let info = file.info(&name)?;
+        if !dtypes.contains(&info.dtype) {
+            let known: Vec<String> = dtypes.iter().map(ToString::to_string).collect();
+            return Err(file.mismatch(&name, &known.join(" or ")));
+        }
+        let count = info.shape.iter().product();
+        file.read_raw(&name, 0..count)
+    }
+
+    /// A matrix in one of the layouts that quantisers write.
+    fn published(&mut self, kind: Kind, base: &str, [rows, inputs]: [usize; 2]) -> Result<PackedMatrix> {
+        let wrong = |message: String| Error::BadFile {
+            path: self.path.to_owned(),
+            message: format!("tensors \"{base}.…\": {message}"),
+        };
+        let floats = &[Dtype::F32, Dtype::F16, Dtype::BF16][..];
+        let (format, bytes) = match kind {
+            Kind::Nvfp4PackQuantized | Kind::ModelOptNvfp4 => {
+                let (codes, matrix_scale) = match kind {
+                    Kind::ModelOptNvfp4 => ("weight", "weight_scale_2"),
+                    _ => ("weight_packed", "weight_global_scale"),
+                };
+                let codes = self.all_bytes(base, codes, &[Dtype::U8])?;
+                let scales = self.all_bytes(base, "weight_scale", &[Dtype::F8_E4M3])?;
+                let matrix_scale = self.all_bytes(base, matrix_scale, &[Dtype::F32])?;
+                let value = match matrix_scale.as_slice() {
+                    &[a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+                    other => return Err(wrong(format!("{} bytes as the matrix scale, expected 4", other.len()))),
+                };
+                let matrix_scale = match kind {
+                    Kind::ModelOptNvfp4 => MatrixScale::Factor(value),
+                    _ => MatrixScale::Divisor(value),
+                };
+                published::nvfp4_rows(&Nvfp4 { rows, inputs, codes: &codes, scales: &scales, matrix_scale })
+            }
+            Kind::PackQuantized => {
+                let codes = self.all_bytes(base, "weight_packed", &[Dtype::I32])?;
+                let shape = self.all_bytes(base, "weight_shape", &[Dtype::I64, Dtype::I32])?;
+                published::check_shape(&shape, rows, inputs).map_err(wrong)?;
+                let scales = self.widened(base, "weight_scale", floats)?;
+                let zeros = self.optional(base, "weight_zero_point")?;
+                let index = self.optional(base, "weight_g_idx")?;
+                let bits = (codes.len() as u64 * 8).checked_div(rows as u64 * inputs as u64).unwrap_or(0) as u32;
+                let (zeros, group_index) = (zeros.as_deref(), index.as_deref());
+                let integers = Integers { rows, inputs, bits, codes: &codes, scales: &scales, zeros, group_index };
+                published::pack_quantized_rows(&integers)
+            }
+            Kind::Qweight => {
+                let shape = self.file_of(&format!("{base}.qweight"))?.info(&format!("{base}.qweight"))?.shape.clone();
+                let layout = published::qweight(&shape, rows, inputs).map_err(wrong)?;
+                let codes = self.all_bytes(base, "qweight", &[Dtype::I32])?;
+                let scales = self.widened(base, "scales", floats)?;
+                let zeros = self.optional(base, "qzeros")?;
+                let index = self.optional(base, "g_idx")?;
+                let (zeros, group_index) = (zeros.as_deref(), index.as_deref());
+                let bits = if let Qweight::Gptq { bits } = layout { bits } else { 4 };
+                let integers = Integers { rows, inputs, bits, codes: &codes, scales: &scales, zeros, group_index };
+                let about = &self.quantization;
+                match layout {
+                    Qweight::Gptq { .. } => {
+                        let zeros = if about.gptq_v2 { GptqZeros::Plain } else { GptqZeros::LessOne };
+                        published::gptq_rows(&integers, zeros, about.symmetric)
+                    }
+                    Qweight::Awq if about.is_gemm => published::awq_rows(&integers),
+                    Qweight::Awq => Err("AWQ in another version than gemm".to_owned()),
+                }
+            }
+        }
+        .map_err(|message| Error::BadFile {
+            path: self.path.to_owned(),
+            message: format!("tensors \"{base}.…\": {message}"),
+        })?;
+        Ok(PackedMatrix { format, inputs, bytes })
+    }
+
+    fn optional(&mut self, base: &str, suffix: &str) -> Result<Option<Vec<u8>>> {
+        if !self.has(&format!("{base}.{suffix}")) {
+            return Ok(None);
+        }
+        self.all_bytes(base, suffix, &[Dtype::I32]).map(Some)
+    }
+
+    fn widened(&mut self, base: &str, suffix: &str, dtypes: &[Dtype]) -> Result<Vec<f32>> {
+        let bytes = self.all_bytes(base, suffix, dtypes)?;
+        let name = format!("{base}.{suffix}");
+        let dtype = self.file_of(&name)?.info(&name)?.dtype;
+        published::widened(dtype, &bytes).map_err(|message| self.published_error(&name, &message))
+    }
+}
+
+/// A matrix of floats, `[rows, columns]` as stored.
+fn read_plain(
+    file: &mut TensorFile,
+    name: &str,
+    start: usize,
+    [rows, columns]: [usize; 2],
+    transposed: bool,
+) -> Result<PackedMatrix> {
+    let range = start..start + rows * columns;
+    let inputs = if transposed { rows } else { columns };
+    let (format, bytes) = match file.info(name)?.dtype {
+        Dtype::F16 => (WeightFormat::F16, file.read_raw(name, range)?),
+        Dtype::BF16 => (WeightFormat::Bf16, file.read_raw(name, range)?),
+        Dtype::F32 => (WeightFormat::F32, file.read_raw(name, range)?),
+        _ => {
+            let mut values = Vec::new();
+            file.read_f32(name, range, &mut values)?;
+            (WeightFormat::F32, bytemuck::cast_slice(&values).to_vec())
+        }
+    };
+    let bytes = match format {
+        _ if !transposed => bytes,
+        WeightFormat::F32 => stored::transpose::<4>(&bytes, rows, columns),
+        _ => stored::transpose::<2>(&bytes, rows, columns),
+    };
+    Ok(PackedMatrix { format, inputs, bytes })
 }
 
 /// A vector has no columns.
@@ -530,7 +856,7 @@ fn check_shape(file: &TensorFile, name: &str, shapes: &[Vec<usize>]) -> Result<(
 /// Scales are floats, or bytes that are exponents of two.
 fn read_scales(file: &mut TensorFile, name: &str, range: std::ops::Range<usize>) -> Result<Vec<f32>> {
     if matches!(file.info(name)?.dtype, Dtype::U8 | Dtype::F8_E8M0) {
-        return Ok(file.read_bytes(name, range)?.into_iter().map(packed::e8m0).collect());
+        return Ok(file.read_bytes(name, range)?.into_iter().map(formats::small_floats::e8m0).collect());
     }
     let mut scales = Vec::new();
     file.read_f32(name, range, &mut scales)?;

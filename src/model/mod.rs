@@ -10,10 +10,11 @@ pub mod formats;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;
-pub(crate) mod packed;
+
 pub mod routing;
 pub(crate) mod source;
 pub mod statistics;
+pub(crate) mod stored;
 pub(crate) mod tensor_file;
 mod tensor_header;
 pub mod weights;

@@ -106,6 +106,32 @@ impl ModelConfig {
     }
 }
 
+/// What a configuration says of quantised tensors that their shapes do not.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Quantization {
+    /// GPTQ: zero points are stored as they are, not less one.
+    pub gptq_v2: bool,
+    /// GPTQ: zero points are in the middle.
+    pub symmetric: bool,
+    /// AWQ: the layout of its `gemm` version.
+    pub is_gemm: bool,
+}
+
+impl ModelConfig {
+    /// What `quantization_config` says.
+    pub fn quantization(&self) -> Quantization {
+        let Some(about) = self.scopes.iter().find_map(|scope| scope.get("quantization_config")) else {
+            return Quantization { is_gemm: true, ..Quantization::default() };
+        };
+        let text = |key: &str| about.get(key).and_then(Value::as_str).unwrap_or_default().to_lowercase();
+        Quantization {
+            gptq_v2: text("checkpoint_format") == "gptq_v2",
+            symmetric: about.get("sym").and_then(Value::as_bool).unwrap_or(false),
+            is_gemm: ["", "gemm"].contains(&text("version").as_str()),
+        }
+    }
+}
+
 /// Where multimodal models keep the configuration of their text model.
 const INNER: [&str; 4] = ["text_config", "thinker_config", "language_config", "llm_config"];
 

@@ -127,7 +127,7 @@ impl TensorFile {
         self.readable(name, info)?;
         let dtype = info.dtype;
         let first = values.len();
-        self.reserve(values, range.len())?;
+        reserve(&self.path, values, range.len())?;
         self.read_chunks(name, range, |bytes| match dtype {
             Dtype::F16 => extend(values, bytes, |b| half::f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => extend(values, bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
@@ -155,6 +155,15 @@ impl TensorFile {
         Ok(bytes)
     }
 
+    /// Elements `range` of a tensor, whatever their type, as they are stored.
+    pub fn read_raw(&mut self, name: &str, range: Range<usize>) -> Result<Vec<u8>> {
+        let size = self.info(name)?.dtype.bitsize().div_ceil(8);
+        let mut bytes = Vec::new();
+        reserve(&self.path, &mut bytes, range.len().saturating_mul(size))?;
+        self.read_chunks(name, range, |chunk| bytes.extend_from_slice(chunk))?;
+        Ok(bytes)
+    }
+
     /// All of an I32 or I64 tensor.
     pub fn read_integers(&mut self, name: &str) -> Result<Vec<i64>> {
         let info = self.info(name)?;
@@ -169,21 +178,6 @@ impl TensorFile {
             _ => extend(&mut values, bytes, i64::from_le_bytes),
         })?;
         Ok(values)
-    }
-
-    /// Room for `count` more values. The count is bounded by the file's length, but a sparse file can be longer than
-    /// memory, and that must not abort the process.
-    pub fn reserve(&self, values: &mut Vec<f32>, count: usize) -> Result<()> {
-        if values.capacity() - values.len() >= count {
-            return Ok(());
-        }
-        values.try_reserve_exact(count).map_err(|_| Error::Io {
-            path: self.path.clone(),
-            source: std::io::Error::new(
-                std::io::ErrorKind::OutOfMemory,
-                format!("no memory for {count} values of 4 bytes"),
-            ),
-        })
     }
 
     /// Hands elements `range` of `name` to `take` in pieces of whole elements. Only for types of whole bytes.
@@ -209,6 +203,21 @@ impl TensorFile {
         }
         Ok(())
     }
+}
+
+/// Room for `count` more values of a file. The count is bounded by the file's length, but a sparse file can be longer
+/// than memory, and that must not abort the process.
+pub(crate) fn reserve<T>(path: &Path, values: &mut Vec<T>, count: usize) -> Result<()> {
+    if values.capacity() - values.len() >= count {
+        return Ok(());
+    }
+    values.try_reserve_exact(count).map_err(|_| Error::Io {
+        path: path.to_owned(),
+        source: std::io::Error::new(
+            std::io::ErrorKind::OutOfMemory,
+            format!("no memory for {count} values of {} bytes", size_of::<T>()),
+        ),
+    })
 }
 
 /// Reads one float tensor: `name`, or the only tensor of the file. Returns its values and its shape.

@@ -9,7 +9,7 @@ mod blocks;
 mod decode;
 mod encode;
 mod interleave;
-mod published;
+pub(crate) mod published;
 pub(crate) mod small_floats;
 
 pub(crate) use blocks::{GgmlBlocks, ggml_row};

@@ -20,6 +20,23 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+/// Ends of the names of all these tensors.
+pub(crate) const SUFFIXES: [&str; 13] = [
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "weight_global_scale",
+    "weight",
+    "weight_scale_2",
+    "input_scale",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+];
+
 /// Layouts that the names of tensors tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
