@@ -58,6 +58,8 @@ pub struct GoldenCase {
     pub num_tokens: usize,
     /// Tokens of each sequence, where the input has sequences.
     pub tokens_per_sequence: Option<u32>,
+    /// Number of the layer in its model.
+    pub layer: u32,
     /// Ids of the tokens: `[num_tokens]`
     pub token_ids: Option<Vec<u32>>,
     /// The choices, for layers that are told them: `[num_tokens, top_k]`
@@ -127,6 +129,7 @@ impl GoldenCase {
             weights: loaded.weights,
             x,
             num_tokens,
+            layer,
             tokens_per_sequence,
             token_ids: read_token_ids(&mut file, num_tokens)?,
             given_experts,

@@ -93,7 +93,7 @@ pub use kernels::matmul::{MatmulChoice, MatmulVariant};
 pub use layer::{LayerOptions, MoeLayer};
 pub use model::activation::{Activation, Form, Function};
 pub use model::batch::{Batch, Front};
-pub use model::checkpoint::{Checkpoint, LoadedLayer};
+pub use model::checkpoint::{Checkpoint, LayerSource, LoadedLayer};
 pub use model::config::{LayerExtras, MoeConfig, Norm, SharedExperts, SharedGate, SpecialKind};
 pub use model::family::Family;
 pub use model::formats::{IntGroups, LayerFormats, WeightFormat};

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::family::Family;
 use crate::model::family::layout::Layout;
-use crate::model::formats::WeightFormat;
-use crate::model::layer_reader::{self, LayerFile, LayerReader, Shards};
+use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::layer_reader::{self, FileSource, LayerFile, LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
 use crate::model::routing::Routing;
 use crate::model::tensor_file::{self, TensorFile};
@@ -55,6 +55,94 @@ pub struct LoadedLayer {
     pub prefix: String,
     /// Types that the tensors had, e.g. `["BF16"]`.
     pub stored_as: Vec<String>,
+}
+
+/// One layer of a checkpoint, described and checked, whose experts are still in its files.
+pub struct LayerSource<'c> {
+    config: MoeConfig,
+    /// All but the matrices of experts.
+    weights: MoeWeights,
+    family: &'c str,
+    model_type: Option<&'c str>,
+    layout: &'c str,
+    file: LayerFile<'c>,
+    /// What experts are converted to.
+    converted: Option<LayerFormats>,
+}
+
+impl<'c> LayerSource<'c> {
+    /// Sizes and semantics.
+    pub fn config(&self) -> &MoeConfig {
+        &self.config
+    }
+
+    /// The family's name.
+    pub fn family(&self) -> &str {
+        self.family
+    }
+
+    /// The layout that was found, as the family calls it.
+    pub fn layout(&self) -> &str {
+        self.layout
+    }
+
+    /// In front of the layer's tensor names.
+    pub fn prefix(&self) -> &str {
+        self.file.prefix()
+    }
+
+    /// Types that the tensors have, e.g. `["BF16"]`.
+    pub fn stored_as(&self) -> Vec<String> {
+        self.file.stored_as.iter().cloned().collect()
+    }
+
+    /// Converts every expert to this format on its way. Without it, experts are kept as they are stored.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] where rows are no multiple of the format's blocks.
+    pub fn convert_to(&mut self, format: WeightFormat) -> Result<()> {
+        let formats = LayerFormats::from(format);
+        formats.check(&self.config)?;
+        self.converted = Some(formats);
+        Ok(())
+    }
+
+    /// Formats that experts will have on a device.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the gate and up projections of an expert are stored differently.
+    pub fn formats(&mut self) -> Result<LayerFormats> {
+        self.converted.map_or_else(|| self.file.stored_formats(), Ok)
+    }
+
+    /// All tensors but the matrices of experts.
+    pub(crate) fn weights(&self) -> &MoeWeights {
+        &self.weights
+    }
+
+    /// The layer's other tensors, and where its experts come from.
+    pub(crate) fn parts(&mut self) -> Result<(&MoeWeights, FileSource<'_, 'c>)> {
+        let (formats, as_stored) = (self.formats()?, self.converted.is_none());
+        Ok((&self.weights, FileSource { file: &mut self.file, formats, as_stored }))
+    }
+
+    /// Reads all of it as f32.
+    pub fn read(mut self) -> Result<LoadedLayer> {
+        let stored_as = self.stored_as();
+        let prefix = self.prefix().to_owned();
+        let mut weights = self.weights;
+        self.file.read_experts(&mut weights)?;
+        weights.validate(&self.config, WeightFormat::F32)?;
+        Ok(LoadedLayer {
+            config: self.config,
+            weights,
+            family: self.family.to_owned(),
+            model_type: self.model_type.map(str::to_owned),
+            layout: self.layout.to_owned(),
+            prefix,
+            stored_as,
+        })
+    }
 }
 
 impl Checkpoint {
@@ -153,6 +241,15 @@ impl Checkpoint {
     ///   the files are not what configuration and family say;
     /// - [`Error::InvalidConfig`]: sizes out of range.
     pub fn load_layer(&self, family: Option<&Family>, layer: u32) -> Result<LoadedLayer> {
+        self.layer(family, layer)?.read()
+    }
+
+    /// As [`Checkpoint::load_layer`], but reads only the tensors that are small: experts follow one by one when the
+    /// layer is put on a device ([`crate::MoeLayer::load`]), in the format that they are stored in.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::load_layer`], but for what is wrong with experts.
+    pub fn layer<'c>(&'c self, family: Option<&'c Family>, layer: u32) -> Result<LayerSource<'c>> {
         let model_config = self.config.as_ref().ok_or_else(|| Error::BadFile {
             path: self.path.clone(),
             message: "no configuration: neither config.json beside it nor a metadata key \"config\"".to_owned(),
@@ -163,20 +260,22 @@ impl Checkpoint {
         };
         let config = family.moe_config(model_config, layer)?;
         let (layout_name, layout, prefix) = self.find_layout(family, layer)?;
-        let reader = LayerReader { family, layout, prefix: &prefix, config: &config };
-        let file = LayerFile::open(reader, self.shards(model_config))?;
-        let stored_as = file.stored_as.iter().cloned().collect();
-        let (weights, scale) = file.read_all()?;
-        let config = scale.map_or_else(|| Ok(config.clone()), |factor| scaled(&config, factor))?;
-        weights.validate(&config, WeightFormat::F32)?;
-        Ok(LoadedLayer {
+        let reader = LayerReader { family, layout, prefix, config };
+        let mut file = LayerFile::open(reader, self.shards(model_config))?;
+        let (weights, scale) = file.small()?;
+        let config = match scale {
+            Some(factor) => scaled(file.config(), factor)?,
+            None => file.config().clone(),
+        };
+        weights.validate_without_experts(&config)?;
+        Ok(LayerSource {
             config,
             weights,
-            family: family.name().to_owned(),
-            model_type: model_config.model_type().map(str::to_owned),
-            layout: layout_name.to_owned(),
-            prefix,
-            stored_as,
+            family: family.name(),
+            model_type: model_config.model_type(),
+            layout: layout_name,
+            file,
+            converted: None,
         })
     }
 

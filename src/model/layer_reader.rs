@@ -62,16 +62,15 @@ impl Shards<'_> {
 }
 
 /// One layer in one layout.
-#[derive(Clone, Copy)]
 pub(crate) struct LayerReader<'a> {
     /// For messages, and for norms that are stored minus one.
     pub family: &'a Family,
     /// Names.
     pub layout: &'a Layout,
     /// In front of them.
-    pub prefix: &'a str,
+    pub prefix: String,
     /// What the layer is.
-    pub config: &'a MoeConfig,
+    pub config: MoeConfig,
 }
 
 /// `count` matrices of one shape.
@@ -108,7 +107,7 @@ enum Storage {
 impl LayerReader<'_> {
     /// How many matrices of which shape belong in `slot`; `None` if this layer has no use for it.
     fn shape(&self, slot: &str) -> Option<Shape> {
-        let config = self.config;
+        let config = &self.config;
         let extras = config.extras();
         let size = |n: u32| n as usize;
         let [h, i, e, d] =
@@ -485,8 +484,8 @@ impl LayerReader<'_> {
             }
             used.insert(name);
         }
-        let under_prefix = shards.file_of_tensor.range(self.prefix.to_owned()..).map(|(name, _)| name);
-        let mut under_prefix = under_prefix.take_while(|name| name.starts_with(self.prefix));
+        let under_prefix = shards.file_of_tensor.range(self.prefix.clone()..).map(|(name, _)| name);
+        let mut under_prefix = under_prefix.take_while(|name| name.starts_with(&self.prefix));
         let unknown = |name: &&String| {
             // A golden file of one block without a prefix has its own tensors beside it.
             let of_golden = self.prefix.is_empty() && ["io.", "aux.", "grad."].iter().any(|own| name.starts_with(own));
@@ -532,6 +531,16 @@ fn expert_slots(kind: ExpertKind) -> [&'static str; 4] {
 }
 
 impl<'c> LayerFile<'c> {
+    /// The layer.
+    pub fn config(&self) -> &MoeConfig {
+        &self.reader.config
+    }
+
+    /// In front of its tensors' names.
+    pub fn prefix(&self) -> &str {
+        &self.reader.prefix
+    }
+
     /// Finds every tensor and checks shapes, so that sizes are bounded by what is on disk.
     ///
     /// # Errors
@@ -627,9 +636,8 @@ impl<'c> LayerFile<'c> {
         }
     }
 
-    /// Everything as f32 `[out, in]`.
-    pub fn read_all(mut self) -> Result<(MoeWeights, Option<f32>)> {
-        let (mut weights, scale) = self.small()?;
+    /// The experts as f32 `[out, in]`, into `weights`, which has everything else.
+    pub fn read_experts(&mut self, weights: &mut MoeWeights) -> Result<()> {
         let shared = self.reader.config.extras().shared.map_or(0, |shared| shared.num as usize);
         for (kind, experts) in
             [(ExpertKind::Routed, self.reader.config.num_weighted_experts() as usize), (ExpertKind::Shared, shared)]
@@ -652,19 +660,19 @@ impl<'c> LayerFile<'c> {
                 }
             }
         }
-        Ok((weights, scale))
+        Ok(())
     }
 }
 
 /// Experts of a layer as they are read from its files.
-pub(crate) struct FileSource<'c> {
-    pub file: LayerFile<'c>,
+pub(crate) struct FileSource<'f, 'c> {
+    pub file: &'f mut LayerFile<'c>,
     pub formats: LayerFormats,
     /// The formats are those of the first expert: another one is an error, as it would have to be rounded.
     pub as_stored: bool,
 }
 
-impl FileSource<'_> {
+impl FileSource<'_, '_> {
     fn convert(&self, slot: &str, expert: usize, matrix: Option<PackedMatrix>, to: WeightFormat) -> Result<Vec<u8>> {
         let Some(matrix) = matrix else { return Ok(Vec::new()) };
         if matrix.format == to {
@@ -685,7 +693,7 @@ impl FileSource<'_> {
     }
 }
 
-impl ExpertSource for FileSource<'_> {
+impl ExpertSource for FileSource<'_, '_> {
     fn formats(&self) -> LayerFormats {
         self.formats
     }

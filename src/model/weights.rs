@@ -120,8 +120,26 @@ impl MoeWeights {
     /// What is there is what `config` needs; lengths fit it, every value is finite, and `format` packs rows of these
     /// lengths.
     pub fn validate(&self, config: &MoeConfig, format: WeightFormat) -> Result<()> {
-        self.check_presence(config)?;
+        self.check_presence(config, true)?;
         for (tensor, values, shape) in self.tensors(config) {
+            if tensor.ends_with("_proj") {
+                format.check_inputs(tensor, shape[2] as u32)?;
+            }
+        }
+        self.check_tensors(config, true)
+    }
+
+    /// As [`MoeWeights::validate`], of weights whose experts are elsewhere.
+    pub(crate) fn validate_without_experts(&self, config: &MoeConfig) -> Result<()> {
+        self.check_presence(config, false)?;
+        self.check_tensors(config, false)
+    }
+
+    fn check_tensors(&self, config: &MoeConfig, with_experts: bool) -> Result<()> {
+        for (tensor, values, shape) in self.tensors(config) {
+            if !with_experts && tensor.ends_with("_proj") {
+                continue;
+            }
             let expected = shape.iter().product::<usize>();
             if values.len() != expected {
                 return Err(Error::LengthMismatch {
@@ -132,9 +150,6 @@ impl MoeWeights {
                 });
             }
             check_finite(tensor, values)?;
-            if tensor.ends_with("_proj") {
-                format.check_inputs(tensor, shape[2] as u32)?;
-            }
         }
         if let (Some(table), Some(vocab)) = (&self.extras.token_table, config.vocab_size()) {
             let expected = vocab as usize * config.top_k() as usize;
@@ -150,7 +165,7 @@ impl MoeWeights {
     }
 
     /// Nothing is missing, and nothing is there that would be left out in silence.
-    fn check_presence(&self, config: &MoeConfig) -> Result<()> {
+    fn check_presence(&self, config: &MoeConfig, with_experts: bool) -> Result<()> {
         let (x, c, routing) = (&self.extras, config.extras(), config.routing());
         let gated = config.activation().is_gated();
         let latent = c.latent_size.is_some();
@@ -174,6 +189,9 @@ impl MoeWeights {
             ("shared_down_proj", !x.shared_down_proj.is_empty(), shared),
             ("shared_gate", is(&x.shared_gate), config.num_gated_shared() > 0),
         ] {
+            if !with_experts && tensor.ends_with("_proj") {
+                continue;
+            }
             match (there, needed) {
                 (false, true) => return Err(Error::config(tensor, "missing", "there, as the configuration needs it")),
                 (true, false) => {
