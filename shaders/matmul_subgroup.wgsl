@@ -43,14 +43,15 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let slot = group / params.num_column_tiles;
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
-    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let place = place_of(tile.expert);
+    if place < params.first_expert || place >= params.end_expert { return; }
     let lane = subgroupExclusiveAdd(1u);
     // Quads lane and lane + WG_SIZE of the tile. Past the last column, that again and nothing is stored: broadcasts
     // need every lane.
     let num_quads = params.num_columns / LANE_COLUMNS;
     let first_quad = params.begin_column / LANE_COLUMNS + (group % params.num_column_tiles) * QUADS * WG_SIZE;
     let own = first_quad + lane + vec2<u32>(0u, WG_SIZE);
-    let quad = (tile.expert - params.first_expert) * num_quads + min(own, vec2<u32>(num_quads - 1u));
+    let quad = (place - params.first_expert) * num_quads + min(own, vec2<u32>(num_quads - 1u));
 
     var b0 = zero8();
     var b1 = zero8();

@@ -26,9 +26,10 @@ fn grouped_matmul(group: u32, lane: u32) {
     let slot = group / params.num_column_tiles;
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
-    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let place = place_of(tile.expert);
+    if place < params.first_expert || place >= params.end_expert { return; }
     let first_column = params.begin_column + (group % params.num_column_tiles) * TILE_N;
-    let first_quad = ((tile.expert - params.first_expert) * params.num_columns + first_column) / LANE_COLUMNS;
+    let first_quad = ((place - params.first_expert) * params.num_columns + first_column) / LANE_COLUMNS;
     let num_quads = min(TILE_N, params.end_column - first_column) / LANE_COLUMNS;
 
     let lanes_across = TILE_N / LANE_COLUMNS;

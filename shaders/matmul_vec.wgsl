@@ -18,9 +18,10 @@ fn grouped_matmul(group: u32, lane: u32) {
     let slot = group / params.num_column_tiles;
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
-    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let place = place_of(tile.expert);
+    if place < params.first_expert || place >= params.end_expert { return; }
     let column = params.begin_column + ((group % params.num_column_tiles) * (WG_SIZE / K_LANES) + lane / K_LANES) * LANE_COLUMNS;
-    let quad = ((tile.expert - params.first_expert) * params.num_columns
+    let quad = ((place - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));

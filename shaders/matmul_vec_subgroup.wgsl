@@ -19,11 +19,12 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let slot = group / params.num_column_tiles;
     if slot >= params.num_tile_slots { return; }
     let tile = find_tile(slot);
-    if tile.expert < params.first_expert || tile.expert >= params.end_expert { return; }
+    let place = place_of(tile.expert);
+    if place < params.first_expert || place >= params.end_expert { return; }
     let lane = subgroupExclusiveAdd(1u);
     let column = params.begin_column + ((group % params.num_column_tiles) * WG_SIZE + lane) * LANE_COLUMNS;
     // Lanes past the last column compute it again and store nothing: broadcasts need every lane.
-    let quad = ((tile.expert - params.first_expert) * params.num_columns
+    let quad = ((place - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
     // Four steps share their scales, in every format.

@@ -19,6 +19,8 @@ pub const VEC_ROWS: u32 = 4;
 pub enum Tiles {
     /// From permute, or found by scanning a few assignments, as the choice says.
     Routed,
+    /// As `Routed`, of a layer that has only some of its experts on the device.
+    Cached,
     /// Every expert has every token.
     Dense,
 }
@@ -195,9 +197,10 @@ impl MatmulChoice {
         parts.extend(weights_parts(format));
         parts.push(match tiles {
             Tiles::Dense => wgsl!("tiles_dense"),
-            Tiles::Routed if self.sorted() => wgsl!("tiles_sorted"),
-            Tiles::Routed => wgsl!("tiles_unsorted"),
+            Tiles::Routed | Tiles::Cached if self.sorted() => wgsl!("tiles_sorted"),
+            Tiles::Routed | Tiles::Cached => wgsl!("tiles_unsorted"),
         });
+        parts.push(if tiles == Tiles::Cached { wgsl!("experts_cached") } else { wgsl!("experts_whole") });
         match self {
             MatmulChoice::Tiled { .. } => parts.push(wgsl!("matmul_tiled")),
             MatmulChoice::Subgroup { subgroup_size } => {
@@ -216,14 +219,17 @@ impl MatmulChoice {
         ];
         match tiles {
             Tiles::Dense => {}
-            Tiles::Routed if self.sorted() => {
+            Tiles::Routed | Tiles::Cached if self.sorted() => {
                 bindings.push(bind(3, "tiles", Access::Read)); // [num_tile_slots]
                 // Only gate_up asks which assignment a row is.
                 if stage == Stage::GateUp {
                     bindings.push(bind(4, "assignment_of_row", Access::Read)); // [num_rows]
                 }
             }
-            Tiles::Routed => bindings.push(bind(3, "topk_experts", Access::Read)), // [num_tokens, top_k]
+            Tiles::Routed | Tiles::Cached => bindings.push(bind(3, "topk_experts", Access::Read)), // [num_tokens, top_k]
+        }
+        if tiles == Tiles::Cached {
+            bindings.push(bind(8, "place_of_expert", Access::Read)); // [num_experts]
         }
         let mut overrides = vec![("WG_SIZE", self.workgroup_size())];
         match self {
@@ -239,6 +245,9 @@ impl MatmulChoice {
             stage,
             label: match tiles {
                 Tiles::Routed => format!("{}.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix()),
+                Tiles::Cached => {
+                    format!("{}.cached.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix())
+                }
                 Tiles::Dense => {
                     format!("{}.dense.{}.{}{}", stage.name(), self.label(), format.family(), input.suffix())
                 }

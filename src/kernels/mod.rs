@@ -219,6 +219,8 @@ pub fn all() -> Vec<Kernel> {
                 }
             }
         }
+        kernels.push(gate_up::kernel(choice, Tiles::Cached, WeightFormat::F16, swiglu, Epilogue::default(), input));
+        kernels.push(down::kernel(choice, Tiles::Cached, WeightFormat::F16, false, input));
         for bias in [false, true] {
             for weigh_input in [false, true] {
                 let epilogue = Epilogue { bias, weigh_input };

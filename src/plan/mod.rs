@@ -29,6 +29,8 @@ const QUIET_NAN: u32 = 0x7fc0_0000;
 const MAX_SLICES: u32 = 8;
 /// Rounds of all loops of an invocation that software drivers are trusted with; leaves room for the short ones.
 const MAX_ROUNDS: u64 = 60_000;
+/// Matrices of routed experts.
+pub(crate) const ROUTED: [&str; 2] = ["gate_up_weights", "down_weights"];
 /// Bytes of an entry of the tile list.
 const TILE_BYTES: u64 = 12;
 
@@ -44,6 +46,8 @@ pub struct LayerPlan {
     /// keep their bits.
     nominal_experts: u32,
     matrices: Vec<Matrix>,
+    /// Routed experts that are on the device at a time, if those are not all.
+    places: Option<u32>,
     max_tokens: u32,
 }
 
@@ -180,11 +184,49 @@ impl LayerPlan {
             device: device.clone(),
             request: request.clone(),
             nominal_experts,
-            matrices: matrices(config, &formats, device)?,
+            matrices: matrices(config, &formats, device, config.num_weighted_experts())?,
+            places: None,
             max_tokens: 0,
         };
         plan.max_tokens = plan.find_max_tokens(limit)?;
         Ok(plan)
+    }
+
+    /// The same layer with at most `bytes` of routed experts on the device at a time. Where all of them fit, nothing
+    /// changes.
+    ///
+    /// # Errors
+    /// [`Error::LimitExceeded`] if not even one expert fits.
+    pub fn with_gpu_memory(mut self, bytes: u64) -> Result<Self> {
+        let experts = self.config.num_weighted_experts();
+        let expert_bytes = self.expert_bytes();
+        let places = (bytes / expert_bytes.max(1)).min(experts.into()) as u32;
+        if places == experts {
+            return Ok(self);
+        }
+        if places == 0 {
+            return Err(Error::LimitExceeded {
+                what: "GPU memory for one expert".to_owned(),
+                required: expert_bytes,
+                available: bytes,
+                hint: "allow at least that much, or use a smaller weight format",
+            });
+        }
+        self.matrices = matrices(&self.config, &self.formats, &self.device, places)?;
+        self.places = Some(places);
+        self.max_tokens = self.find_max_tokens(self.device.max_buffer_bytes())?;
+        Ok(self)
+    }
+
+    /// Routed experts that are on the device at a time; `None`: all of them.
+    pub fn places(&self) -> Option<u32> {
+        self.places
+    }
+
+    /// Bytes of one routed expert.
+    pub fn expert_bytes(&self) -> u64 {
+        let routed = self.matrices.iter().filter(|matrix| ROUTED.contains(&matrix.name));
+        routed.map(|matrix| matrix.bytes() / u64::from(matrix.num_experts().max(1))).sum()
     }
 
     /// Most tokens of one pass: larger batches run as several. Every binding stays within the device's limits, hence
@@ -294,9 +336,10 @@ impl LayerPlan {
         buffers.into_iter().map(whole).collect()
     }
 
-    /// Expert outputs may be there a slice of the columns at a time: nothing looks at whole rows of them.
+    /// Expert outputs may be there a slice of the columns at a time: nothing looks at whole rows of them, and experts do
+    /// not have to be brought in once more for each slice.
     fn slices(&self) -> bool {
-        self.config.extras().expert_out_norm.is_none()
+        self.config.extras().expert_out_norm.is_none() && self.places.is_none()
     }
 
     /// Bytes of the largest buffer, in whole vec4.
@@ -439,7 +482,9 @@ enum Step {
 const STEP_BUFFERS: [&str; 4] = ["step_1", "step_2", "step_3", "step_4"];
 
 /// The packed matrices of a layer, cut into pages that the device can bind.
-fn matrices(config: &MoeConfig, formats: &LayerFormats, device: &DeviceProfile) -> Result<Vec<Matrix>> {
+///
+/// Of routed experts, as many as have a place on the device.
+fn matrices(config: &MoeConfig, formats: &LayerFormats, device: &DeviceProfile, experts: u32) -> Result<Vec<Matrix>> {
     let limit = device.max_buffer_bytes();
     let mut matrices = Vec::new();
     let mut add = |name, format: WeightFormat, experts: u32, columns: u32, inputs: u32| {
@@ -448,7 +493,6 @@ fn matrices(config: &MoeConfig, formats: &LayerFormats, device: &DeviceProfile) 
         Ok::<_, Error>(())
     };
     let [h, d] = [config.hidden_size(), config.expert_size()];
-    let experts = config.num_weighted_experts();
     let columns = first_columns(config.activation(), config.intermediate_size());
     add("gate_up_weights", formats.gate_up, experts, columns, d)?;
     add("down_weights", formats.down, experts, pad4(d), config.intermediate_size())?;

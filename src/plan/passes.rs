@@ -312,9 +312,10 @@ impl Builder<'_> {
         let c = &plan.config;
         let (extras, tensors) = (c.extras(), plan.tensors);
         let inner = pad4(c.intermediate_size());
+        let tiles = if plan.places.is_some() { Tiles::Cached } else { Tiles::Routed };
         let input = Input::of_stride(expert_in.stride);
         let epilogue = Epilogue { bias: tensors.up_bias, weigh_input: c.routing().weigh_input };
-        let kernel = gate_up::kernel(choice, Tiles::Routed, plan.formats.gate_up, c.activation(), epilogue, input);
+        let kernel = gate_up::kernel(choice, tiles, plan.formats.gate_up, c.activation(), epilogue, input);
         let first_columns = first_columns(c.activation(), c.intermediate_size());
         let product = Product {
             name: "gate_up",
@@ -331,7 +332,7 @@ impl Builder<'_> {
         let buffers = [("x", expert_in.buffer), ("topk_experts", topk_experts), ("bias", "gate_up_bias")];
         self.matmul(&kernel, &product, &buffers)?;
 
-        let kernel = down::kernel(choice, Tiles::Routed, plan.formats.down, tensors.down_bias, Input::Vec4);
+        let kernel = down::kernel(choice, tiles, plan.formats.down, tensors.down_bias, Input::Vec4);
         let (tail, steps) = plan.steps();
         let expert_size = pad4(c.expert_size());
         let mut step = params;
