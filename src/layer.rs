@@ -5,13 +5,14 @@ use crate::cpu::{self, CpuLayer};
 use crate::error::{Error, Result};
 use crate::gpu::context::lock;
 use crate::gpu::layer::{Edit, GpuLayer, RecordedFront, Recording};
-use crate::gpu::{Buffer, CommandEncoder, PassStats, StageTime};
+use crate::gpu::{Buffer, CommandEncoder, PassStats, ResidencyStats, StageTime};
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
 use crate::model::batch::{Batch, Front};
+use crate::model::checkpoint::LayerSource;
 use crate::model::config::MoeConfig;
-use crate::model::formats::WeightFormat;
+use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::routing::RoutingDecision;
-use crate::model::source::HostSource;
+use crate::model::source::{ExpertSource, HostSource};
 use crate::model::statistics::Statistics;
 use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors};
 use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
@@ -30,6 +31,12 @@ pub struct LayerOptions {
     pub tile: Option<MatmulChoice>,
     /// Pretend that no binding may be larger than this, in bytes: weights and batches are cut accordingly.
     pub max_binding_bytes: Option<u64>,
+    /// Bytes of GPU memory for the weights of routed experts; `None`: as many as there are. If they do not all fit,
+    /// they stay on the host and are brought in as tokens are routed to them. Each pass then waits for its router's
+    /// choices to be read back; results keep their bits. There is nothing to bring in for the CPU engine.
+    pub gpu_memory: Option<u64>,
+    /// Experts that stay on the GPU, if not all do. One place has to be left for others.
+    pub pinned_experts: Vec<u32>,
 }
 
 /// One MoE layer, resident on a device.
@@ -103,6 +110,35 @@ impl MoeLayer {
         options: &LayerOptions,
     ) -> Result<Self> {
         weights.validate(&config, options.weights)?;
+        let mut source = HostSource { config: &config, weights, formats: options.weights.into() };
+        Self::from_source(context, config.clone(), weights, &mut source, options, &mut |_, _| {}).await
+    }
+
+    /// A layer of a checkpoint, in the formats that `layer` says ([`LayerSource::formats`]; `options.weights` does not
+    /// count). Experts go to the device as they are read, one by one, so the host needs room for few of them.
+    /// `progress(done, total)` is told of their bytes.
+    ///
+    /// # Errors
+    /// What is wrong with the files; a device without the memory.
+    pub fn load(
+        context: &Context,
+        layer: &mut LayerSource<'_>,
+        options: &LayerOptions,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Self> {
+        let config = layer.config().clone();
+        let (weights, mut source) = layer.parts()?;
+        pollster::block_on(Self::from_source(context, config, weights, &mut source, options, &mut progress))
+    }
+
+    async fn from_source(
+        context: &Context,
+        config: MoeConfig,
+        weights: &MoeWeights,
+        source: &mut dyn ExpertSource,
+        options: &LayerOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
         let engine = match context.engine() {
             Engine::Gpu(gpu) => {
                 let mut device = gpu.profile().clone();
@@ -112,17 +148,46 @@ impl MoeLayer {
                 let request = MatmulRequest { variant: options.matmul, choice: options.tile };
                 let tensors = OptionalTensors::of(weights);
                 let experts = config.num_experts();
-                let plan = LayerPlan::with_tensors(&config, tensors, options.weights, &device, &request, experts)?;
-                let mut source = HostSource { config: &config, weights, formats: plan.formats() };
-                let layer = GpuLayer::new(gpu, plan, weights, &mut source, &mut |_| {}).await;
+                let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
+                let total = plan.matrices().iter().map(|matrix| matrix.bytes()).sum();
+                let plan = match options.gpu_memory {
+                    Some(bytes) => plan.with_gpu_memory(bytes)?,
+                    None => plan,
+                };
+                let mut show = |done| progress(done, total);
+                let layer = GpuLayer::new(gpu, plan, weights, source, &options.pinned_experts, &mut show).await;
                 LayerEngine::Gpu(Box::new(gpu.explain(layer)?))
             }
             Engine::Cpu => {
-                let layer = CpuLayer::new(config.clone(), weights, options.weights)?;
+                let layer = CpuLayer::from_source(config.clone(), weights, source, progress)?;
                 LayerEngine::Cpu(Box::new(CpuState { layer, last: Mutex::default() }))
             }
         };
         Ok(Self { config, options: options.clone(), engine })
+    }
+
+    /// How its experts are stored.
+    pub fn formats(&self) -> LayerFormats {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => layer.plan().formats(),
+            LayerEngine::Cpu(cpu) => cpu.layer.formats(),
+        }
+    }
+
+    /// Bytes of weight matrices on the device, as they are stored there.
+    pub fn weight_bytes(&self) -> u64 {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => layer.plan().matrices().iter().map(|matrix| matrix.bytes()).sum(),
+            LayerEngine::Cpu(cpu) => cpu.layer.weight_bytes(),
+        }
+    }
+
+    /// What bringing experts in has cost so far; `None`: all are on the device ([`LayerOptions::gpu_memory`]).
+    pub fn residency(&self) -> Option<ResidencyStats> {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => pollster::block_on(layer.residency()),
+            LayerEngine::Cpu(_) => None,
+        }
     }
 
     /// The layer's sizes and semantics.
@@ -383,7 +448,8 @@ impl MoeLayer {
     }
 
     /// Seconds of each stage of one pass on the resident input: by GPU timestamps where there are any, otherwise by
-    /// running the stages one by one.
+    /// running the stages one by one. Empty where experts are brought in ([`LayerOptions::gpu_memory`]): what a stage
+    /// takes then depends on what was there before.
     pub fn profile(&self) -> Result<Vec<StageTime>> {
         match &self.engine {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.profile())),
@@ -409,9 +475,9 @@ impl MoeLayer {
     pub fn plan(&self, num_tokens: u32) -> Result<Plan> {
         match &self.engine {
             LayerEngine::Gpu(layer) => layer.plan().plan(num_tokens),
-            LayerEngine::Cpu(_) => {
+            LayerEngine::Cpu(cpu) => {
                 let device = DeviceProfile { max_storage_binding: u64::MAX, ..DeviceProfile::webgpu_floor() };
-                LayerPlan::new(&self.config, self.options.weights, &device, &MatmulRequest::default())?.plan(num_tokens)
+                LayerPlan::new(&self.config, cpu.layer.formats(), &device, &MatmulRequest::default())?.plan(num_tokens)
             }
         }
     }

@@ -113,6 +113,24 @@ impl Clock {
 }
 
 impl CpuLayer {
+    pub(crate) fn from_source(
+        config: MoeConfig,
+        weights: &MoeWeights,
+        source: &mut dyn crate::model::source::ExpertSource,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
+        progress(0, 0);
+        Self::new(config, weights, source.formats().gate_up)
+    }
+
+    pub(crate) fn formats(&self) -> crate::LayerFormats {
+        self.format.into()
+    }
+
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        0
+    }
+
     /// Packs `weights` for this processor. `format` is how expert weights are stored; sums are f32 in any case.
     ///
     /// Errors: what [`MoeWeights::validate`] finds, memory that cannot be had.

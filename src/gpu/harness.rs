@@ -41,7 +41,7 @@ impl Output {
 impl<'a> Harness<'a> {
     pub(crate) async fn new(gpu: &'a Gpu, plan: &LayerPlan, weights: &MoeWeights) -> Result<Self> {
         let mut source = HostSource { config: plan.config(), weights, formats: plan.formats() };
-        let weights = DeviceWeights::upload(gpu, plan, weights, &mut source, &mut |_| {}).await?;
+        let (weights, _) = DeviceWeights::upload(gpu, plan, weights, &mut source, &mut |_| {}).await?;
         Ok(Self { gpu, weights })
     }
 

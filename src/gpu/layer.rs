@@ -11,13 +11,17 @@ use crate::model::source::ExpertSource;
 use crate::model::weights::{MoeWeights, OptionalTensors};
 use crate::plan::{LayerPlan, PassKind, Plan};
 use async_lock::Mutex;
+use residency::Residency;
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 mod edit;
 mod host;
+mod residency;
 
 pub(crate) use edit::Edit;
+pub use residency::ResidencyStats;
 
 /// Prepared passes that are kept, one for each number of tokens seen.
 const MAX_PASSES: usize = 64;
@@ -35,6 +39,8 @@ pub(crate) struct GpuLayer {
     weights: DeviceWeights,
     tensors: OptionalTensors,
     state: Mutex<State>,
+    /// Of a layer that has only some of its experts on the device.
+    residency: Option<Mutex<Residency>>,
 }
 
 /// What changes from call to call.
@@ -68,6 +74,8 @@ struct Io {
     download: wgpu::Buffer,
     /// What a pass gets beside x, for those that get more; mapped between calls.
     front: Option<wgpu::Buffer>,
+    /// The router's choices on the host, for layers that bring experts in.
+    choices: Option<wgpu::Buffer>,
     capacity: u32,
 }
 
@@ -89,18 +97,25 @@ struct Bound {
 }
 
 impl GpuLayer {
-    /// Experts from `source`, all else from `weights`. `progress(bytes)` is told what is on the device.
+    /// Experts from `source`, all else from `weights`. Of a plan with places, `pinned` experts never leave the device.
+    /// `progress(bytes)` is told what has been read.
     pub(crate) async fn new(
         gpu: &Gpu,
         plan: LayerPlan,
         weights: &MoeWeights,
         source: &mut dyn ExpertSource,
+        pinned: &[u32],
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self> {
         let gpu = gpu.counting();
         let tensors = OptionalTensors::of(weights);
-        let weights = DeviceWeights::upload(&gpu, &plan, weights, source, progress).await?;
-        Ok(Self { gpu, plan, weights, tensors, state: Mutex::new(State::default()) })
+        let (weights, host) = DeviceWeights::upload(&gpu, &plan, weights, source, progress).await?;
+        let residency = match plan.places() {
+            Some(places) => Some(Residency::new(&gpu, &plan, &weights, host, places, pinned).await?),
+            None => None,
+        };
+        let residency = residency.map(Mutex::new);
+        Ok(Self { gpu, plan, weights, tensors, state: Mutex::new(State::default()), residency })
     }
 
     pub(crate) fn gpu(&self) -> &Gpu {
@@ -234,14 +249,27 @@ impl GpuLayer {
         key: PassKey,
         timestamps: Option<&Timestamps>,
     ) -> Result<u32> {
+        self.record_part(state, encoder, key, 0..usize::MAX, timestamps)
+    }
+
+    /// The dispatches of `part` of a prepared and bound pass, as far as there are any.
+    fn record_part(
+        &self,
+        state: &State,
+        encoder: &mut wgpu::CommandEncoder,
+        key: PassKey,
+        part: Range<usize>,
+        timestamps: Option<&Timestamps>,
+    ) -> Result<u32> {
         let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&key)) else {
             return Err(unprepared(key.0));
         };
-        if let Some(status) = state.scratch.get("status") {
+        if let Some(status) = state.scratch.get("status").filter(|_| part.start == 0) {
             encoder.clear_buffer(status, 0, None);
         }
         let mut recorder = Recorder::new(encoder);
         let steps = pass.pipelines.iter().zip(&bound.bind_groups).zip(&pass.plan.dispatches);
+        let steps = steps.skip(part.start).take(part.len());
         let steps = steps.map(|((pipeline, group), dispatch)| (&pipeline.pipeline, group, dispatch.grid));
         match timestamps {
             None => recorder.pass("moe", None, steps),
@@ -258,6 +286,13 @@ impl GpuLayer {
     /// The whole batch into the caller's encoder: no submit, no wait.
     pub(crate) async fn record(&self, encoder: &mut wgpu::CommandEncoder, recording: &Recording<'_>) -> Result<()> {
         let Recording { x, y, num_tokens, .. } = *recording;
+        if self.residency.is_some() {
+            return Err(Error::Unsupported {
+                what: "recording into an encoder".to_owned(),
+                by: "by a layer that brings its experts in as they are chosen (gpu_memory)".to_owned(),
+                hint: "call forward, or give it the memory of all experts".to_owned(),
+            });
+        }
         let c = self.plan.config();
         let tokens_bytes = |columns: u32| u64::from(num_tokens) * u64::from(columns) * 4;
         let bytes = tokens_bytes(c.hidden_size());

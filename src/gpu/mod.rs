@@ -14,6 +14,7 @@ pub mod weights;
 
 pub use adapter::{AdapterFacts, DeviceChoice, DeviceInfo, adapters};
 pub use context::Gpu;
+pub use layer::ResidencyStats;
 pub use recorder::{PassStats, StageTime};
 
 /// wgpu's types that appear in this crate's interface.

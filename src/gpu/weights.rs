@@ -8,7 +8,7 @@ use crate::model::formats;
 use crate::model::source::{ExpertKind, ExpertSource};
 use crate::model::weights::MoeWeights;
 use crate::plan::pages::WeightPage;
-use crate::plan::{LayerPlan, Matrix};
+use crate::plan::{LayerPlan, Matrix, ROUTED};
 use rayon::prelude::*;
 use std::collections::HashMap;
 
@@ -25,17 +25,18 @@ pub(super) const USAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 impl DeviceWeights {
-    /// Everything but routed and shared experts from `weights`, those from `source`. `progress(bytes)` is called with
-    /// what is on the device so far.
+    /// Everything but routed and shared experts from `weights`, those from `source`. Of a plan with places, routed
+    /// experts stay on the host. `progress(bytes)` is called with what has been read so far.
     pub(super) async fn upload(
         gpu: &Gpu,
         plan: &LayerPlan,
         weights: &MoeWeights,
         source: &mut dyn ExpertSource,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Self> {
+    ) -> Result<(Self, HostExperts)> {
         let mut uploader = Uploader::new(gpu);
         let mut pages = HashMap::new();
+        let mut host = HostExperts::default();
         for matrix in plan.matrices() {
             pages.insert(matrix.name, empty_pages(gpu, matrix).await?);
         }
@@ -49,13 +50,21 @@ impl DeviceWeights {
             .matrices()
             .iter()
             .filter(|matrix| expert_matrix(matrix.name).is_some())
-            .flat_map(|matrix| (0..matrix.num_experts() as usize).map(move |expert| (matrix, expert)))
+            .flat_map(|matrix| {
+                let routed = ROUTED.contains(&matrix.name).then_some(plan.config().num_weighted_experts());
+                let experts = routed.unwrap_or(matrix.num_experts()) as usize;
+                (0..experts).map(move |expert| (matrix, expert))
+            })
             .collect();
         let names: Vec<(&str, usize)> = loads.iter().map(|&(matrix, expert)| (matrix.name, expert)).collect();
         let mut loads = loads.into_iter();
         read_ahead(source, &names, async |rows| {
             let Some((matrix, expert)) = loads.next() else { return Ok(()) };
-            uploader.expert(matrix, &pages[matrix.name], expert, &rows).await?;
+            if plan.places().is_some() && ROUTED.contains(&matrix.name) {
+                host.add(matrix, &rows)?;
+            } else {
+                uploader.expert(matrix, &pages[matrix.name], expert, &rows).await?;
+            }
             done += matrix.bytes() / u64::from(matrix.num_experts());
             progress(done);
             Ok(())
@@ -66,7 +75,11 @@ impl DeviceWeights {
         for (name, words) in vectors_of(plan.config(), weights) {
             vectors.insert(name, gpu.filled_buffer(name, bytemuck::cast_slice(&words), USAGE).await?);
         }
-        Ok(Self { pages, vectors })
+        if plan.places().is_some() {
+            let bytes = u64::from(plan.config().num_experts()) * 4;
+            vectors.insert("place_of_expert", gpu.buffer("place_of_expert", bytes, USAGE).await?);
+        }
+        Ok((Self { pages, vectors }, host))
     }
 
     /// The buffer of this name, or a page of it.
@@ -75,6 +88,23 @@ impl DeviceWeights {
             Some(pages) => pages.get(page),
             None => self.vectors.get(name),
         }
+    }
+}
+
+/// Routed experts on the host, packed as a device has them: by matrix of [`ROUTED`], then by expert.
+#[derive(Default)]
+pub(super) struct HostExperts(pub(super) [Vec<Vec<u8>>; 2]);
+
+impl HostExperts {
+    fn add(&mut self, matrix: &Matrix, rows: &PackedRows) -> Result<()> {
+        let bytes = (matrix.bytes() / u64::from(matrix.num_experts().max(1))) as usize;
+        let mut packed = Vec::new();
+        let short = || Error::OutOfMemory { during: format!("keeping {} on the host", matrix.name) };
+        packed.try_reserve_exact(bytes).map_err(|_| short())?;
+        packed.resize(bytes, 0);
+        rows.pack(matrix, 0, &mut packed);
+        self.0[usize::from(matrix.name != ROUTED[0])].push(packed);
+        Ok(())
     }
 }
 
@@ -195,16 +225,16 @@ const STAGING_BYTES: usize = 8 << 20;
 
 /// Copies to the device through two buffers that stay mapped between copies: while one is on its way, the other is
 /// filled.
-pub(super) struct Uploader<'g> {
-    gpu: &'g Gpu,
+pub(super) struct Uploader {
+    gpu: Gpu,
     staging: Vec<(wgpu::Buffer, Option<Signal>)>,
     next: usize,
     packed: Vec<u8>,
 }
 
-impl<'g> Uploader<'g> {
-    pub(super) fn new(gpu: &'g Gpu) -> Self {
-        Self { gpu, staging: Vec::new(), next: 0, packed: Vec::new() }
+impl Uploader {
+    pub(super) fn new(gpu: &Gpu) -> Self {
+        Self { gpu: gpu.clone(), staging: Vec::new(), next: 0, packed: Vec::new() }
     }
 
     /// All columns of one expert to the pages that hold them.

@@ -44,6 +44,13 @@ impl Splice<'_> {
 impl GpuLayer {
     /// Nothing changes on an error: the new buffers take the place of the old ones at the very end.
     pub(crate) async fn edit(&mut self, edit: Edit<'_>) -> Result<()> {
+        if self.residency.is_some() {
+            return Err(Error::Unsupported {
+                what: "changing experts".to_owned(),
+                by: "by a layer that brings its experts in as they are chosen (gpu_memory)".to_owned(),
+                hint: "make a new layer, or give it the memory of all experts".to_owned(),
+            });
+        }
         let old = self.plan.config().clone();
         let (at, removed, expert) = match edit {
             Edit::Add(expert) => (old.num_weighted_experts(), 0, Some(expert)),

@@ -129,12 +129,20 @@ impl GpuLayer {
         let capacity = state.capacity;
         let bytes = u64::from(capacity) * u64::from(self.plan.config().hidden_size()) * 4;
         use wgpu::BufferUsages as Usage;
+        let choices = match &self.residency {
+            Some(_) => {
+                let bytes = u64::from(capacity) * u64::from(self.plan.config().top_k()) * 4;
+                Some(self.gpu.buffer("choices", bytes, Usage::MAP_READ | Usage::COPY_DST).await?)
+            }
+            None => None,
+        };
         let io = Io {
             x: self.gpu.buffer("x", bytes, Usage::STORAGE | Usage::COPY_DST).await?,
             y: self.gpu.buffer("y", bytes, Usage::STORAGE | Usage::COPY_SRC).await?,
             upload: self.gpu.mapped_buffer("x upload", bytes, Usage::MAP_WRITE | Usage::COPY_SRC).await?,
             download: self.gpu.buffer("y download", bytes + 16, Usage::MAP_READ | Usage::COPY_DST).await?,
             front: None,
+            choices,
             capacity,
         };
         state.io = Some(io);
@@ -162,7 +170,7 @@ impl GpuLayer {
             self.upload_front(state, key, front, &mut io, &mut encoder).await?;
         }
         let readbacks = self.gpu.readbacks();
-        let dispatches = self.record_pass(state, &mut encoder, key, None)?;
+        let (mut encoder, dispatches) = self.run_pass(state, encoder, key, io.choices.as_ref()).await?;
         // The result itself is read after the last dispatch; what counts is a readback that a dispatch waits for.
         let readbacks = (self.gpu.readbacks() - readbacks) as u32;
         encoder.copy_buffer_to_buffer(&io.y, 0, &io.download, 0, bytes);
@@ -278,8 +286,8 @@ impl GpuLayer {
         let mut state = self.state.lock().await;
         let before = (self.gpu.readbacks(), self.gpu.allocations());
         let key = self.bind_resident(&mut state).await?;
-        let mut encoder = self.encoder();
-        let dispatches = self.record_pass(&state, &mut encoder, key, None)?;
+        let choices = state.io.as_ref().and_then(|io| io.choices.clone());
+        let (encoder, dispatches) = self.run_pass(&state, self.encoder(), key, choices.as_ref()).await?;
         submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
         state.last_kind = key.1;
@@ -288,8 +296,12 @@ impl GpuLayer {
         Ok(())
     }
 
-    /// Seconds of each stage of one pass on the resident input.
+    /// Seconds of each stage of one pass on the resident input. None where experts are brought in between: what that
+    /// takes depends on what was there before.
     pub(crate) async fn profile(&self) -> Result<Vec<StageTime>> {
+        if self.residency.is_some() {
+            return Ok(Vec::new());
+        }
         let mut state = self.state.lock().await;
         let key = self.bind_resident(&mut state).await?;
         let Some(pass) = state.passes.get(&key) else { return Err(unprepared(key.0)) };
@@ -474,7 +486,7 @@ enum FrontTarget {
 }
 
 /// The buffer that holds the choices which count.
-fn final_experts(config: &MoeConfig, kind: PassKind) -> &'static str {
+pub(super) fn final_experts(config: &MoeConfig, kind: PassKind) -> &'static str {
     let limited = config.routing().capacity.is_some() && kind.front != FrontKind::Assignments;
     if limited { "kept_experts" } else { "topk_experts" }
 }
