@@ -440,6 +440,7 @@ mod tests {
             family: "test".to_owned(),
             model_type: None,
             layout: "hub".to_owned(),
+            layer: 0,
             config,
             weights: MoeWeights {
                 router: vec![],

@@ -1,7 +1,7 @@
 //! Checks and times a layer, batch size by batch size.
 
 use crate::bench::cost::Cost;
-use crate::bench::results::{Failure, Row, StageResult};
+use crate::bench::results::{Failure, ResidencyResult, Row, StageResult};
 use crate::bench::stats::{self, Summary};
 use crate::bench::verify;
 use crate::bench::workload::Workload;
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::model::config::MoeConfig;
 use crate::model::formats::WeightFormat;
 use crate::model::routing::RoutingDecision;
-use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, Roofline, dense_matmul_time};
+use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, dense_matmul_time};
 use std::time::{Duration, Instant};
 
 /// Batches from this size on are compared with a dense matmul: below, a dense matmul is a matrix-vector product.
@@ -34,6 +34,10 @@ pub struct Bench<'a> {
     pub weights: WeightFormat,
     /// The grouped matmul; `None` leaves it to the plan.
     pub matmul: Option<MatmulVariant>,
+    /// Bytes of GPU memory for routed experts; `None`: no limit.
+    pub gpu_memory: Option<u64>,
+    /// Experts that stay there.
+    pub pinned_experts: Vec<u32>,
     /// Timed runs; `None`: as many as fit `slice`.
     pub runs: Option<usize>,
     /// Time for the runs of one row.
@@ -72,7 +76,13 @@ impl Bench<'_> {
         let layer_name = describe(&workload.config, self.weights, workload.skew);
         let failed = |tokens, reason: String| Outcome::Failed(Failure { layer: layer_name.clone(), tokens, reason });
         progress(Progress::Loading);
-        let options = LayerOptions { weights: self.weights, matmul: self.matmul, ..Default::default() };
+        let options = LayerOptions {
+            weights: self.weights,
+            matmul: self.matmul,
+            gpu_memory: self.gpu_memory,
+            pinned_experts: self.pinned_experts.clone(),
+            ..Default::default()
+        };
         let layer = match MoeLayer::with_options(self.context, workload.config.clone(), &workload.weights, &options) {
             Ok(layer) => layer,
             Err(error) => return vec![failed(None, error.to_string())],
@@ -113,7 +123,12 @@ impl Bench<'_> {
             return Ok(Err(reason));
         }
 
-        let times = self.time(layer, &x, tokens, progress)?;
+        layer.upload(&x)?;
+        // The first pass compiles and allocates.
+        layer.run_resident()?;
+        let before = layer.residency();
+        let times = self.time(layer, workload, tokens, progress)?;
+        let residency = before.zip(layer.residency()).map(|(before, after)| residency_result(&before, &after));
         let stats = layer.pass_stats();
         let stages = stage_results(layer, tokens)?;
         // A device that computes something else after a while has not earned its times.
@@ -141,6 +156,10 @@ impl Bench<'_> {
             matmul: self.matmul.map_or("auto", |variant| variant.name()).to_owned(),
             gflops,
             gbytes_per_s: cost.bytes / times.median_s / 1e9,
+            read_fraction: self
+                .roofline
+                .as_ref()
+                .map(|r| cost.bytes / times.median_s / 1e9 / r.bandwidth_for(cost.bytes)),
             roofline_fraction: attainable.map(|attainable| gflops / attainable),
             dense_ratio: self.dense_ratio(workload, tokens, times.median_s)?,
             active_experts,
@@ -149,15 +168,20 @@ impl Bench<'_> {
             readbacks: stats.readbacks,
             max_rel_error: verification.max_rel_error,
             tokens_checked: verification.tokens_checked,
+            residency,
             stages,
         }))
     }
 
-    /// Times whole passes on the resident input, after warming up.
-    fn time(&self, layer: &MoeLayer, x: &[f32], tokens: u32, progress: &mut dyn FnMut(Progress)) -> Result<Summary> {
-        layer.upload(x)?;
-        // The first pass compiles and allocates; the second says how long one takes.
-        layer.run_resident()?;
+    /// Times whole passes on the resident input. Where experts are brought in, each pass has tokens of its own: a pass
+    /// that is repeated would find its experts.
+    fn time(
+        &self,
+        layer: &MoeLayer,
+        workload: &Workload,
+        tokens: u32,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Summary> {
         let once = layer.run_resident()?;
         let least = if once > SLOW { 2 } else { LEAST_RUNS };
         let runs = self.runs.unwrap_or_else(|| stats::runs_within(self.slice, once, least, MOST_RUNS)).max(1);
@@ -165,6 +189,9 @@ impl Bench<'_> {
         let mut reported = Instant::now();
         progress(Progress::Timing(tokens, 0, runs));
         for run in 0..runs {
+            if layer.residency().is_some() {
+                layer.upload(&workload.input_from((run + 1) * tokens as usize, tokens)?)?;
+            }
             seconds.push(layer.run_resident()?.as_secs_f64());
             // Seldom enough that drawing does not disturb short passes.
             if reported.elapsed() > Duration::from_millis(200) {
@@ -183,6 +210,22 @@ impl Bench<'_> {
         let (true, Some(rows), Some(columns)) = (tokens >= DENSE_FROM_TOKENS, rows, columns) else { return Ok(None) };
         let dense = dense_matmul_time(self.context, rows, columns, config.hidden_size(), self.weights)?;
         Ok(dense.map(|dense| median_s / dense.as_secs_f64()).filter(|ratio| ratio.is_finite()))
+    }
+}
+
+/// What happened between two looks.
+fn residency_result(before: &ResidencyStats, after: &ResidencyStats) -> ResidencyResult {
+    let passes = (after.passes - before.passes).max(1) as f64;
+    let (hits, misses) = (after.hits - before.hits, after.misses - before.misses);
+    ResidencyResult {
+        places: after.places,
+        pinned: after.pinned,
+        expert_bytes: after.expert_bytes,
+        hits,
+        misses,
+        hit_rate: hits as f64 / (hits + misses).max(1) as f64,
+        uploaded_bytes_per_pass: (after.uploaded_bytes - before.uploaded_bytes) as f64 / passes,
+        rounds_per_pass: (after.rounds - before.rounds) as f64 / passes,
     }
 }
 
@@ -253,6 +296,8 @@ mod tests {
             roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
+            gpu_memory: None,
+            pinned_experts: Vec::new(),
             runs: Some(3),
             slice: Duration::from_millis(10),
         }
@@ -261,7 +306,7 @@ mod tests {
     #[test]
     fn rows_hold_what_was_measured() {
         let context = Context::new(&DeviceChoice::Cpu).expect("the CPU engine is always there");
-        let outcomes = bench(&context).run(Some("p"), &workload(), &[1, 70], &mut |_| ());
+        let outcomes = bench(&context).run(Some("p"), workload(), &[1, 70], &mut |_| ());
         let [Outcome::Measured(one), Outcome::Measured(many)] = &outcomes[..] else { panic!("{outcomes:?}") };
         assert_eq!((one.tokens, one.runs, one.active_experts, one.dense_ratio), (1, 3, 2, None));
         assert_eq!((many.tokens, many.active_experts, many.tokens_checked), (70, 8, 70));
@@ -278,7 +323,7 @@ mod tests {
         let context = Context::new(&DeviceChoice::Cpu).expect("the CPU engine is always there");
         let mut broken = workload();
         broken.weights.up_proj.pop();
-        let outcomes = bench(&context).run(None, &broken, &[1], &mut |_| ());
+        let outcomes = bench(&context).run(None, broken, &[1], &mut |_| ());
         let [Outcome::Failed(failure)] = &outcomes[..] else { panic!("{outcomes:?}") };
         assert!(failure.tokens.is_none() && failure.reason.contains("up_proj"), "{failure:?}");
     }

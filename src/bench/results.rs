@@ -98,6 +98,9 @@ pub struct Row {
     pub gflops: f64,
     /// Bytes that no implementation could avoid moving, by the median time.
     pub gbytes_per_s: f64,
+    /// `gbytes_per_s` by the rate of a plain read of as many bytes; absent without a roofline.
+    #[serde(default)]
+    pub read_fraction: Option<f64>,
     /// `gflops` by what the measured peaks allow at best; absent without a roofline.
     pub roofline_fraction: Option<f64>,
     /// Time by the time of a dense matmul with as many FLOPs; absent where none was measured.
@@ -114,8 +117,32 @@ pub struct Row {
     pub max_rel_error: f64,
     /// Tokens that the reference computed too.
     pub tokens_checked: usize,
+    /// Where not all experts are on the device; then each timed pass had tokens of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residency: Option<ResidencyResult>,
     /// Where the time goes.
     pub stages: Vec<StageResult>,
+}
+
+/// Experts that were brought in during the timed passes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResidencyResult {
+    /// Experts that are on the device at a time.
+    pub places: u32,
+    /// Of those, how many never leave.
+    pub pinned: u32,
+    /// Bytes of one.
+    pub expert_bytes: u64,
+    /// Times that a pass needed an expert that was there.
+    pub hits: u64,
+    /// Times that it was not.
+    pub misses: u64,
+    /// Hits per needed expert.
+    pub hit_rate: f64,
+    /// Bytes copied to the device, mean.
+    pub uploaded_bytes_per_pass: f64,
+    /// Rounds of the experts' products, mean.
+    pub rounds_per_pass: f64,
 }
 
 /// One stage of the pass.
@@ -189,6 +216,7 @@ mod tests {
             matmul: text("auto"),
             gflops: 1.5,
             gbytes_per_s: 2.5,
+            read_fraction: None,
             roofline_fraction: Some(0.1),
             dense_ratio: None,
             active_experts: 2,
@@ -197,6 +225,7 @@ mod tests {
             readbacks: 0,
             max_rel_error: 1e-7,
             tokens_checked: 5,
+            residency: None,
             stages: vec![stage],
         };
         let device = DeviceResult { name: text("d"), backend: text("b"), driver: text("v"), kind: text("software") };

@@ -79,12 +79,18 @@ impl Workload {
 
     /// Activations `[num_tokens, hidden_size]`. A token is the same in every batch that it is part of.
     pub fn input(&self, num_tokens: u32) -> Result<Vec<f32>> {
+        self.input_from(0, num_tokens)
+    }
+
+    /// As [`Workload::input`], from token `first_token` on.
+    pub fn input_from(&self, first_token: usize, num_tokens: u32) -> Result<Vec<f32>> {
         let hidden_size = self.config.hidden_size() as usize;
         let len = u64::from(num_tokens) * hidden_size as u64;
         memory::check("the input and output", len.saturating_mul(8))?;
         let shares = zipf(self.config.num_experts() as usize, self.skew);
         let mut x = vec![0.0f32; len as usize];
-        x.par_chunks_exact_mut(hidden_size).enumerate().for_each(|(t, token)| self.fill_token(t, &shares, token));
+        let tokens = x.par_chunks_exact_mut(hidden_size).enumerate();
+        tokens.for_each(|(t, token)| self.fill_token(first_token + t, &shares, token));
         Ok(x)
     }
 

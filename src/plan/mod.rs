@@ -531,8 +531,8 @@ impl Plan {
 
 /// Whether a device with no more than WebGPU's limits would have to cut this layer into several weight pages, or this
 /// batch into several passes, or could not run it at all.
-pub fn exceeds_webgpu_limits(config: &MoeConfig, format: WeightFormat, num_tokens: u32) -> bool {
-    match LayerPlan::new(config, format, &DeviceProfile::webgpu_floor(), &MatmulRequest::default()) {
+pub fn exceeds_webgpu_limits(config: &MoeConfig, formats: impl Into<LayerFormats>, num_tokens: u32) -> bool {
+    match LayerPlan::new(config, formats, &DeviceProfile::webgpu_floor(), &MatmulRequest::default()) {
         Ok(plan) => plan.matrices.iter().any(|matrix| matrix.pages.len() > 1) || plan.max_tokens < num_tokens,
         Err(_) => true,
     }

@@ -23,6 +23,7 @@ Examples:
   wgmoe bench
   wgmoe bench --preset qwen3-30b-a3b --tokens 1,16,512
   wgmoe bench --hidden 2048 --intermediate 1024 --experts 64 --top-k 8 --weights f32
+  wgmoe bench --preset qwen3-30b-a3b --tokens 1 --weights int4 --skew 1 --gpu-memory 100MiB
   wgmoe bench --skew 1.2 --device cpu --json results.json
   wgmoe bench --router";
 
@@ -48,9 +49,12 @@ pub struct Args {
     /// Batch sizes
     #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     tokens: Vec<u32>,
-    /// Storage of the expert weights: f32 or f16
+    /// Storage of the expert weights: f32, f16, bf16, int8, int4 (groups of 32; :g16, :g64, :g128 for others, :zp for
+    /// zero points), mxfp4, nvfp4, fp8, q4_0, q8_0, q4_k, q6_k
     #[arg(long, value_name = "FORMAT", default_value = "f16", value_parser = crate::weight_format)]
     weights: WeightFormat,
+    #[command(flatten)]
+    memory: crate::Memory,
     /// Grouped matmul: auto, tiled, subgroup or vec
     #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
     matmul: Matmul,
@@ -100,7 +104,16 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     }
 
     let (weights, matmul, runs) = (args.weights, args.matmul.0, args.runs);
-    let bench = Bench { context: &context, roofline: roofline.clone(), weights, matmul, runs, slice: SLICE };
+    let bench = Bench {
+        context: &context,
+        roofline: roofline.clone(),
+        weights,
+        matmul,
+        gpu_memory: args.memory.gpu_memory,
+        pinned_experts: args.memory.pin_experts.clone(),
+        runs,
+        slice: SLICE,
+    };
     let mut results = Results {
         schema: SCHEMA,
         wgmoe_version: env!("CARGO_PKG_VERSION").to_owned(),

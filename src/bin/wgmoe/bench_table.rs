@@ -29,6 +29,9 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
     if !rows.is_empty() {
         text.push_str(&format!("{}\n\nwhere the time goes\n{}\n", batches(rows), stages(rows)));
     }
+    if rows.iter().any(|row| row.residency.is_some()) {
+        text.push_str(&format!("\nexperts that were brought in, by timed pass\n{}\n", residency(rows)));
+    }
     for failure in failures {
         let tokens = failure.tokens.map(|tokens| format!("{tokens} tokens: ")).unwrap_or_default();
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
@@ -66,8 +69,18 @@ pub fn routers(times: &[RouterTime]) -> String {
 
 fn batches(rows: &[Row]) -> Table {
     let dense = rows.iter().any(|row| row.dense_ratio.is_some());
-    let mut header =
-        vec!["tokens", "time", "fastest", "GFLOP/s", "GB/s", "of roofline", "dispatches", "readbacks", "error"];
+    let mut header = vec![
+        "tokens",
+        "time",
+        "fastest",
+        "GFLOP/s",
+        "GB/s",
+        "of read",
+        "of roofline",
+        "dispatches",
+        "readbacks",
+        "error",
+    ];
     if dense {
         header.push("x dense");
     }
@@ -79,6 +92,7 @@ fn batches(rows: &[Row]) -> Table {
             seconds(row.min_s),
             number(row.gflops),
             number(row.gbytes_per_s),
+            row.read_fraction.map_or("-".to_owned(), percent),
             row.roofline_fraction.map_or("-".to_owned(), percent),
             row.dispatches.to_string(),
             row.readbacks.to_string(),
@@ -88,6 +102,23 @@ fn batches(rows: &[Row]) -> Table {
             cells.push(row.dense_ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}")));
         }
         table.add_row(cells);
+    }
+    table
+}
+
+/// What a memory budget cost.
+fn residency(rows: &[Row]) -> Table {
+    let mut table = plain_table(&["tokens", "on the device", "needed", "hit rate", "copied MB", "rounds"]);
+    for (row, residency) in rows.iter().filter_map(|row| Some((row, row.residency?))) {
+        let needed = (residency.hits + residency.misses) as f64 / row.runs.max(1) as f64;
+        table.add_row([
+            row.tokens.to_string(),
+            format!("{} of {}", residency.places, row.num_experts),
+            number(needed),
+            percent(residency.hit_rate),
+            number(residency.uploaded_bytes_per_pass / 1e6),
+            number(residency.rounds_per_pass),
+        ]);
     }
     table
 }

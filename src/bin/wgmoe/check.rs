@@ -7,7 +7,7 @@ use crate::{Matmul, Verdict, must_exist, open, unusable};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use wgmoe::golden::{self, GoldenCase};
-use wgmoe::{Context, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat, reference};
+use wgmoe::{Checkpoint, Context, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat, reference};
 
 const EXAMPLES: &str = "\
 Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
@@ -31,10 +31,10 @@ pub struct Args {
     /// Golden cases: safetensors files, or folders of them (not their subfolders)
     #[arg(value_name = "PATH")]
     paths: Vec<PathBuf>,
-    /// Storage of the expert weights: f32 or f16. With f16, the f64 reference computes the expected output again
-    /// from the rounded weights. Golden cases only
-    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
-    weights: WeightFormat,
+    /// Storage of the expert weights, as for `bench`; the f64 reference then computes the expected output again from
+    /// the rounded weights. Golden cases only [default: as the file stores them]
+    #[arg(long, value_name = "FORMAT", value_parser = crate::weight_format)]
+    weights: Option<WeightFormat>,
     /// Model family of the golden cases: a description of your own, or the name of a built-in one; without it, their
     /// configurations decide
     #[arg(long, value_name = "TOML|NAME")]
@@ -65,6 +65,12 @@ struct Case {
     status: Outcome,
     max_rel_error: Option<f64>,
     reason: Option<String>,
+    /// How experts were stored on the device; golden cases only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<String>,
+    /// Bytes of weight matrices on the device; golden cases only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_bytes: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -144,6 +150,8 @@ fn check_kernels(context: &Context, output: &mut Output) -> anyhow::Result<Vec<C
         status: if check.passed { Outcome::Pass } else { Outcome::Fail },
         max_rel_error: finite(check.max_rel_error),
         reason: check.reason,
+        weights: None,
+        weight_bytes: None,
     };
     Ok(checks.into_iter().map(case).collect())
 }
@@ -156,8 +164,16 @@ fn finite(value: f64) -> Option<f64> {
 /// Runs one golden case. Whatever is wrong with it becomes its result and does not stop the others.
 fn check_file(file: &Path, args: &Args, family: Option<&Family>, context: &Context, output: &mut Output) -> Case {
     let name = file.display().to_string();
-    let mut case =
-        Case { file: name, family: None, shape: None, status: Outcome::Pass, max_rel_error: None, reason: None };
+    let mut case = Case {
+        file: name,
+        family: None,
+        shape: None,
+        status: Outcome::Pass,
+        max_rel_error: None,
+        reason: None,
+        weights: None,
+        weight_bytes: None,
+    };
     if let Err(error) = run_case(file, args, family, context, &mut case) {
         let unsupported = matches!(error, Error::Unsupported { .. });
         case.status = if unsupported { Outcome::Unsupported } else { Outcome::Fail };
@@ -176,13 +192,20 @@ fn run_case(
 ) -> wgmoe::Result<()> {
     let mut golden = GoldenCase::read(file, family)?;
     case.family = Some(golden.family.clone());
-    let options = LayerOptions { weights: args.weights, matmul: args.matmul.0, ..Default::default() };
-    let layer = MoeLayer::with_options(context, golden.config.clone(), &golden.weights, &options)?;
+    let checkpoint = Checkpoint::open(file)?;
+    let mut source = checkpoint.layer(family, golden.layer)?;
+    if let Some(format) = args.weights {
+        source.convert_to(format)?;
+    }
+    let options = LayerOptions { matmul: args.matmul.0, ..Default::default() };
+    let layer = MoeLayer::load(context, &mut source, &options, |_, _| {})?;
+    case.weights = Some(layer.formats().name());
+    case.weight_bytes = Some(layer.weight_bytes());
     let y = layer.forward_batch(&golden.batch())?;
     let routing = layer.routing()?;
-    if args.weights != WeightFormat::F32 {
+    if let Some(format) = args.weights.filter(|&format| format != WeightFormat::F32) {
         // The file's output belongs to unrounded weights, which this layer does not have.
-        let rounded = golden.weights.rounded(&golden.config, args.weights)?;
+        let rounded = golden.weights.rounded(&golden.config, format)?;
         let expected = reference::moe_forward(&golden.config, &rounded, golden.batch()).y;
         golden.y = expected.iter().map(|&v| v as f32).collect();
     }

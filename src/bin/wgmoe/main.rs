@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 use output::Output;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use wgmoe::{Context, DeviceChoice, MatmulVariant, WeightFormat};
+use wgmoe::{Context, DeviceChoice, LayerOptions, MatmulVariant, WeightFormat};
 
 /// Environment variable that chooses a device where `--device` does not.
 const DEVICE_VARIABLE: &str = "WGMOE_ADAPTER";
@@ -181,6 +181,48 @@ fn matmul_variant(text: &str) -> Result<Matmul, String> {
 #[derive(Clone, Copy, Debug)]
 struct Matmul(Option<MatmulVariant>);
 
+/// Options for layers that are larger than the device.
+#[derive(clap::Args, Clone, Debug)]
+struct Memory {
+    /// GPU memory for the weights of routed experts, such as 4GiB or 512MiB. What does not fit stays on the host and is
+    /// brought in as tokens are routed to it; each pass then waits for its router [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    gpu_memory: Option<u64>,
+    /// Experts that stay on the GPU whoever else comes and goes
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',', requires = "gpu_memory")]
+    pin_experts: Vec<u32>,
+}
+
+impl Memory {
+    fn options(&self) -> LayerOptions {
+        LayerOptions {
+            gpu_memory: self.gpu_memory,
+            pinned_experts: self.pin_experts.clone(),
+            ..LayerOptions::default()
+        }
+    }
+}
+
+/// clap value parser for sizes in bytes: `1500`, `64KiB`, `512MiB`, `4GiB`, or with `KB`, `MB`, `GB`.
+fn size(text: &str) -> Result<u64, String> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kib" | "k" => 1024.0,
+        "mib" | "m" => 1048576.0,
+        "gib" | "g" => 1073741824.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => f64::NAN,
+    };
+    match number.parse::<f64>() {
+        Ok(number) if (number * factor).is_finite() && number * factor >= 1.0 => Ok((number * factor) as u64),
+        _ => Err("expected a size such as 4GiB, 512MiB or 800MB".to_owned()),
+    }
+}
+
 fn names<T: Copy>(all: &[T], name: impl Fn(T) -> &'static str) -> String {
     all.iter().map(|&item| name(item)).collect::<Vec<_>>().join(", ")
 }
@@ -200,6 +242,15 @@ mod tests {
         for command in Cli::command().get_subcommands().filter(|command| command.get_name() != "help") {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains(&format!("wgmoe {}", command.get_name())), "{}", command.get_name());
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        let sizes = ["1500", "64KiB", "1.5 GiB", "2gb", "7M"].map(size);
+        assert_eq!(sizes, [1500, 65536, 1610612736, 2_000_000_000, 7 << 20].map(Ok));
+        for wrong in ["", "GiB", "-1GiB", "4TiBs", "0", "1e400", "nan", "4 G i B"] {
+            assert!(size(wrong).is_err_and(|error| error.contains("4GiB")), "{wrong}");
         }
     }
 

@@ -118,6 +118,29 @@ impl Drop for Status {
     }
 }
 
+/// A bar of bytes with their rate and the time that is left, as [`Status`].
+pub struct Loading(ProgressBar);
+
+impl Loading {
+    pub fn new() -> Self {
+        let bar = ProgressBar::new(0);
+        let template = "loading experts {bar:32} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
+        bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed"));
+        Loading(bar)
+    }
+
+    pub fn set(&self, done: u64, total: u64) {
+        self.0.set_length(total);
+        self.0.set_position(done);
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// An error with what caused it, and what to do.
 pub fn report(error: &anyhow::Error) {
     let mut text = format!("error: {error}\n");

@@ -2,16 +2,17 @@
 
 use crate::bench_table::{number, seconds};
 use crate::families::chosen;
-use crate::output::Output;
+use crate::output::{Loading, Output};
 use crate::{Verdict, must_be_writable, must_exist, open, unusable, widen};
 use anyhow::Context as _;
+use indicatif::HumanBytes;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use wgmoe::bench::results::temporary_name;
 use wgmoe::model::checkpoint::{read_integers, read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, WeightFormat};
+use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, MoeLayer, ResidencyStats, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
@@ -22,7 +23,8 @@ the input and is written as tensor \"output\", f32.
 
 Examples:
   wgmoe run model.safetensors --layer 3 --input x.safetensors --output y.safetensors
-  wgmoe run Qwen3-30B-A3B/ --layer 0 --input acts.safetensors:hidden_states --output y.safetensors --weights f16
+  wgmoe run Qwen3-30B-A3B/ --layer 0 --input acts.safetensors:hidden_states --output y.safetensors --weights int4
+  wgmoe run gpt-oss-120b/ --layer 7 --input x.safetensors --output y.safetensors --gpu-memory 512MiB
   wgmoe run DeepSeek-V4/ --input acts.safetensors:x --ids acts.safetensors:input_ids --output y.safetensors
   wgmoe run mine.safetensors --family mine.toml --input x.safetensors --output y.safetensors --json -";
 
@@ -48,9 +50,11 @@ pub struct Args {
     /// Model family: a description of your own, or the name of a built-in one; without it, config.json decides
     #[arg(long, value_name = "TOML|NAME")]
     family: Option<String>,
-    /// Storage of the expert weights: f32 or f16
-    #[arg(long, value_name = "FORMAT", default_value = "f32", value_parser = crate::weight_format)]
-    weights: WeightFormat,
+    /// Storage of the expert weights on the device, as for `bench` [default: as the file stores them]
+    #[arg(long, value_name = "FORMAT", value_parser = crate::weight_format)]
+    weights: Option<WeightFormat>,
+    #[command(flatten)]
+    memory: crate::Memory,
 }
 
 #[derive(Serialize)]
@@ -60,19 +64,24 @@ struct Report {
     layout: String,
     layer: u32,
     device: wgmoe::DeviceInfo,
-    weights: WeightFormat,
+    weights: String,
+    /// Bytes of weight matrices on the device.
+    weight_bytes: u64,
     tokens: usize,
     hidden_size: u32,
     intermediate_size: u32,
     num_experts: u32,
     top_k: u32,
     tokens_per_expert: Vec<u32>,
-    /// Reading the checkpoint.
+    /// Reading the description and the small tensors.
+    read_s: f64,
+    /// Reading, packing and uploading the experts.
     load_s: f64,
-    /// Packing and uploading the weights.
-    prepare_s: f64,
     /// The forward pass, with its input going in and its output coming back.
     forward_s: f64,
+    /// Where not all experts are on the device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    residency: Option<ResidencyStats>,
     output: String,
 }
 
@@ -85,21 +94,28 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let context = open(&device, output)?;
 
     let started = Instant::now();
-    let loaded = Checkpoint::open(&args.file)?
-        .load_layer(family.as_ref(), args.layer)
-        .with_context(|| format!("cannot read layer {} of {}", args.layer, args.file.display()))?;
+    let cannot = || format!("cannot read layer {} of {}", args.layer, args.file.display());
+    let checkpoint = Checkpoint::open(&args.file)?;
+    let mut source = checkpoint.layer(family.as_ref(), args.layer).with_context(cannot)?;
+    if let Some(format) = args.weights {
+        source.convert_to(format)?;
+    }
+    let formats = source.formats().with_context(cannot)?;
+    let config = source.config().clone();
     let (x, shape) = read_tensor(&input, tensor.as_deref())?;
-    check_shape(&input, tensor.as_deref(), &shape, loaded.config.hidden_size())?;
+    check_shape(&input, tensor.as_deref(), &shape, config.hidden_size())?;
     let ids = ids.map(|(file, tensor)| read_integers(&file, tensor.as_deref())).transpose()?;
-    let load_s = started.elapsed().as_secs_f64();
-    let num_tokens = u32::try_from(x.len() / loaded.config.hidden_size() as usize).unwrap_or(u32::MAX);
-    let needed = exceeds_webgpu_limits(&loaded.config, args.weights, num_tokens);
+    let read_s = started.elapsed().as_secs_f64();
+    let num_tokens = u32::try_from(x.len() / config.hidden_size() as usize).unwrap_or(u32::MAX);
+    let needed = exceeds_webgpu_limits(&config, formats, num_tokens);
     let context = widen(context, &device, needed, output)?;
 
     let started = Instant::now();
-    let options = LayerOptions { weights: args.weights, ..Default::default() };
-    let layer = MoeLayer::with_options(&context, loaded.config.clone(), &loaded.weights, &options)?;
-    let prepare_s = started.elapsed().as_secs_f64();
+    let bar = Loading::new();
+    let layer = MoeLayer::load(&context, &mut source, &args.memory.options(), |done, total| bar.set(done, total))
+        .with_context(cannot)?;
+    drop(bar);
+    let load_s = started.elapsed().as_secs_f64();
     let started = Instant::now();
     let given = Ids::of(ids.unwrap_or_default())?;
     let batch = Batch {
@@ -112,26 +128,27 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let y = layer.forward_batch(&batch)?;
     let forward_s = started.elapsed().as_secs_f64();
     let tokens_per_expert =
-        if y.is_empty() { vec![0; loaded.config.num_experts() as usize] } else { layer.routing()?.tokens_per_expert };
+        if y.is_empty() { vec![0; config.num_experts() as usize] } else { layer.routing()?.tokens_per_expert };
     write(&args.output, &y, &shape)?;
 
-    let config = &loaded.config;
     let report = Report {
         file: args.file.display().to_string(),
-        family: loaded.family.to_string(),
-        layout: loaded.layout.to_string(),
+        family: source.family().to_owned(),
+        layout: source.layout().to_owned(),
         layer: args.layer,
         device: context.device().clone(),
-        weights: args.weights,
+        weights: formats.name(),
+        weight_bytes: layer.weight_bytes(),
         tokens: x.len() / config.hidden_size() as usize,
         hidden_size: config.hidden_size(),
         intermediate_size: config.intermediate_size(),
         num_experts: config.num_experts(),
         top_k: config.top_k(),
         tokens_per_expert,
+        read_s,
         load_s,
-        prepare_s,
         forward_s,
+        residency: layer.residency(),
         output: args.output.display().to_string(),
     };
     output.line(&describe(&report));
@@ -205,18 +222,35 @@ fn describe(report: &Report) -> String {
     let Report { family, layout, layer, hidden_size, intermediate_size, num_experts, top_k, tokens, .. } = report;
     format!(
         "layer:  {layer} of {} ({family}, {layout} layout)\n        \
-         hidden {hidden_size}, intermediate {intermediate_size}, {num_experts} experts, top-{top_k}, {} weights\n\
+         hidden {hidden_size}, intermediate {intermediate_size}, {num_experts} experts, top-{top_k}, {} weights, {} on the device\n\
          tokens: {tokens}\n\
          {}\n\
-         time:   read {}, prepare {}, forward {}\n\
+         {}time:   read {}, load {}, forward {}\n\
          output: {}",
         report.file,
-        report.weights.name(),
+        report.weights,
+        HumanBytes(report.weight_bytes),
         load_line(&report.tokens_per_expert),
+        report.residency.as_ref().map(|stats| format!("{}\n", residency_line(stats))).unwrap_or_default(),
+        seconds(report.read_s),
         seconds(report.load_s),
-        seconds(report.prepare_s),
         seconds(report.forward_s),
         report.output,
+    )
+}
+
+/// What bringing experts in took.
+fn residency_line(stats: &ResidencyStats) -> String {
+    format!(
+        "memory: {} of {} experts on the device at a time, {} for each; needed {}, there {} ({:.0} %), copied {}; \
+         each pass read its router's choices back",
+        stats.places,
+        stats.num_experts,
+        HumanBytes(stats.expert_bytes),
+        stats.hits + stats.misses,
+        stats.hits,
+        100.0 * stats.hit_rate(),
+        HumanBytes(stats.uploaded_bytes),
     )
 }
 
