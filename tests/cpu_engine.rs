@@ -66,7 +66,7 @@ fn check(config: &MoeConfig, weights: &MoeWeights, format: WeightFormat, x: &[f3
     let [h, e] = [config.hidden_size(), config.num_experts()].map(|n| n as usize);
     let mut y = vec![f32::NAN; x.len()];
     let decision = layer(config, weights, format).forward_into(x, &mut y).expect("the input is valid");
-    let stored = weights.rounded(format);
+    let stored = weights.rounded(config, format).expect("the format holds them");
     let mut router = reference::router::router(config, &stored, &Batch::from(x));
 
     assert_close(&format!("{name}: logits"), &decision.router_logits, &router.router_logits, |at| {

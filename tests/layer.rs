@@ -2,15 +2,15 @@
 
 mod support;
 
-use support::{Values, assert_close, assert_same_bits, config, gpu_context, read_buffer, variants};
+use support::{Values, assert_close, assert_same_bits, config, formats, gpu_context, read_buffer, variants};
 use wgmoe::kernels::params::Uniform;
 use wgmoe::plan::Dispatch;
 use wgmoe::reference::router::{self, Logits, top_k_indices};
 use wgmoe::reference::{self, Forward};
 use wgmoe::wgpu;
 use wgmoe::{
-    Batch, Context, Error, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights, RoutingDecision,
-    WeightFormat,
+    Batch, Context, Error, IntGroups, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
+    RoutingDecision, WeightFormat,
 };
 
 /// Rounding unit of f32.
@@ -41,7 +41,7 @@ enum Kind {
 const COUNTS: [usize; 12] = [0, 1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 65];
 
 /// `[hidden_size, intermediate_size, num_experts, top_k]`, number of tokens, whether weights are renormalised.
-const CASES: [([u32; 4], usize, bool, Kind); 32] = [
+const CASES: [([u32; 4], usize, bool, Kind); 34] = [
     ([1, 1, 1, 1], 1, true, Kind::Plain),
     ([1, 1, 3, 3], 40, false, Kind::Plain),
     ([7, 1, 2, 1], 9, true, Kind::Plain),
@@ -57,7 +57,10 @@ const CASES: [([u32; 4], usize, bool, Kind); 32] = [
     ([131, 31, 16, 4], 129, true, Kind::Plain),
     ([129, 300, 6, 2], 24, false, Kind::Bias),
     ([256, 128, 32, 4], 100, true, Kind::Plain),
+    // Whole blocks of every weight format.
     ([512, 256, 8, 2], 48, true, Kind::Plain),
+    ([256, 512, 5, 3], 13, false, Kind::Bias),
+    ([256, 256, 6, 2], 1, true, Kind::Plain),
     ([40, 129, 1, 1], 250, true, Kind::Plain),
     ([24, 8, 63, 5], 66, true, Kind::Plain),
     ([24, 8, 65, 5], 3, false, Kind::Bias),
@@ -212,7 +215,7 @@ fn check_output(name: &str, config: &MoeConfig, y: &[f32], expected: &[f64]) {
 
 /// One case with each of `options`, which differ in nothing that the reference could see.
 fn check(context: &Context, case: &Case, format: WeightFormat, options: &[LayerOptions]) {
-    let stored = case.weights.rounded(format);
+    let stored = case.weights.rounded(&case.config, format).expect("the format holds them");
     let mut expected: Option<Forward> = None;
     for options in options {
         let layer = layer(context, case, options);
@@ -240,7 +243,7 @@ fn every_case_matches_the_reference_in_every_variant() {
     let Some(context) = gpu_context() else { return };
     for index in 0..CASES.len() {
         let case = case(index);
-        for &format in WeightFormat::ALL {
+        for format in formats(&case.config) {
             let options: Vec<_> = variants(&context).into_iter().map(|variant| forced(variant, format)).collect();
             check(&context, &case, format, &options);
         }
@@ -332,13 +335,15 @@ impl Clone for Case {
 #[test]
 fn pages_and_passes_change_no_bits() {
     let Some(context) = gpu_context() else { return };
-    let mut values = Values(5);
-    let config = config([72, 44, 6, 2], true);
-    let weights = values.weights(&config);
-    let x = values.floats(150 * 72);
     let num_tokens = 150;
-    for variant in variants(&context) {
-        for &format in WeightFormat::ALL {
+    let zero_points = WeightFormat::Int8(IntGroups::new(16, true).expect("a size of groups"));
+    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT4, zero_points, WeightFormat::Mxfp4] {
+        let mut values = Values(5);
+        let [h, i] = if format.block() == 1 { [72, 44] } else { [64, 32] };
+        let config = config([h, i, 6, 2], true);
+        let weights = values.weights(&config);
+        let x = values.floats(num_tokens as usize * h as usize);
+        for variant in variants(&context) {
             let whole = forced(variant, format);
             let build = |options: &LayerOptions| {
                 MoeLayer::with_options(&context, config.clone(), &weights, options).expect("it fits the limit")
@@ -346,7 +351,8 @@ fn pages_and_passes_change_no_bits() {
             let layer = build(&whole);
             let (expected, routing) = (forward(&layer, &x), layer.routing().expect("there was a pass"));
             let (mut most_pages, mut most_passes, mut column_pages, mut sliced) = (0, 0, false, false);
-            for limit in [60_000, 30_000, 9_000, 3_000, 2_400] {
+            // The last leaves room for eight columns of the router.
+            for limit in [60_000, 30_000, 9_000, 3_000, u64::from(h) * 32 + 96] {
                 let name = format!("{} {} limit {limit}", variant.name(), format.name());
                 let options = LayerOptions { max_binding_bytes: Some(limit), ..whole.clone() };
                 let layer = build(&options);
@@ -391,6 +397,9 @@ fn a_tokens_bits_do_not_depend_on_its_batch() {
         ([131, 37, 8, 2], WeightFormat::F32),
         ([64, 36, 24, 4], WeightFormat::F16),
         ([40, 30, 300, 3], WeightFormat::F32),
+        ([96, 64, 24, 4], WeightFormat::INT4),
+        ([96, 64, 8, 2], WeightFormat::Nvfp4),
+        ([256, 256, 8, 2], WeightFormat::Q4K),
     ] {
         let mut values = Values(8);
         let h = sizes[0] as usize;

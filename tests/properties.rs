@@ -46,17 +46,50 @@ fn any_device() -> impl Strategy<Value = DeviceProfile> {
 }
 
 fn any_format() -> impl Strategy<Value = WeightFormat> {
-    prop::sample::select(WeightFormat::ALL)
+    prop::sample::select(WeightFormat::every())
+}
+
+/// The same layer, its rows lengthened to whole blocks of the format.
+fn in_blocks(config: &MoeConfig, format: WeightFormat) -> MoeConfig {
+    let [h, i] = [config.hidden_size(), config.intermediate_size()].map(|n| n.next_multiple_of(format.block()));
+    MoeConfig::new(h, i, config.num_experts(), config.top_k(), config.routing(), config.activation()).expect("sound")
+}
+
+/// Bytes of four columns, from what each format is made of: bits of a code, then bits of what some inputs share.
+fn quad_bytes(format: WeightFormat, inputs: u32) -> u64 {
+    let shared: &[(u64, u32)] = match format {
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => &[],
+        WeightFormat::Int8(groups) | WeightFormat::Int4(groups) => {
+            &[(if groups.has_zero_points() { 40 } else { 32 }, groups.size())]
+        }
+        WeightFormat::Mxfp4 => &[(8, 32)],
+        WeightFormat::Nvfp4 => &[(8, 16), (32, u32::MAX)],
+        WeightFormat::Fp8 => &[(32, 128)],
+        WeightFormat::Q4_0 | WeightFormat::Q8_0 => &[(16, 32)],
+        WeightFormat::Q4K => &[(16, 32), (32, 256)],
+        WeightFormat::Q6K => &[(8, 16), (16, 256)],
+        other => panic!("{other} is not in this test"),
+    };
+    let code: u64 = match format {
+        WeightFormat::F32 => 32,
+        WeightFormat::F16 | WeightFormat::Bf16 => 16,
+        WeightFormat::Int8(_) | WeightFormat::Fp8 | WeightFormat::Q8_0 => 8,
+        WeightFormat::Q6K => 6,
+        _ => 4,
+    };
+    let inputs = inputs.next_multiple_of(4);
+    let bits: u64 = shared.iter().map(|&(bits, per)| bits * u64::from(inputs.div_ceil(per))).sum();
+    ((u64::from(inputs) * code + bits) * 4 / 8).next_multiple_of(16)
 }
 
 /// Pages cover each (expert, column) once, in order, within the limit.
-fn check_pages(pages: &[WeightPage], num_experts: u32, num_columns: u32, row_bytes: u64, limit: u64) {
+fn check_pages(pages: &[WeightPage], num_experts: u32, num_columns: u32, quad_bytes: u64, limit: u64) {
     let mut next = (0, 0);
     for page in pages {
         assert_eq!((page.first_expert, page.first_column), next, "{page:?}");
         assert!(page.end_expert > page.first_expert && page.num_columns > 0, "{page:?}");
         let rows = u64::from(page.end_expert - page.first_expert) * u64::from(page.num_columns);
-        assert_eq!(page.bytes, rows * row_bytes, "{page:?}");
+        assert_eq!(page.bytes, rows / 4 * quad_bytes, "{page:?}");
         assert!(page.bytes <= limit, "{page:?}");
         // Gate and up columns alternate and a lane owns four of them: neither may be torn apart.
         assert_eq!(page.first_column % 8, 0, "{page:?}");
@@ -151,12 +184,12 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                 let needed = u64::from(uniform.num_tile_slots) * u64::from(uniform.num_column_tiles);
                 assert!(workgroups >= needed);
                 assert!(uniform.k4 * 4 >= uniform.x_stride && uniform.out_stride % 4 == 0);
-                // Rows of the input, rows of the output, and the weights of a page, as the kernels index them.
+                // Rows of the input, rows of the output, and the words of a page, as the kernels index them.
                 let input_rows = if stage == Stage::Down { assignments } else { tokens };
                 for elements in [
                     input_rows * u64::from(uniform.x_stride),
                     assignments * u64::from(uniform.out_stride),
-                    page.bytes * 8 / u64::from(layer.format().bits()),
+                    page.bytes / 4,
                 ] {
                     assert!(elements <= u64::from(u32::MAX), "{elements} elements");
                 }
@@ -224,17 +257,16 @@ proptest! {
     fn pages_cover_every_column_once(
         num_experts in 1..=1024u32,
         groups in 1..=2000u32,
-        vec4s in 1..=4000u64,
-        half in any::<bool>(),
+        vec4s in 1..=16_000u64,
         limit in prop_oneof![1..1u64 << 31, 1..1u64 << 20],
     ) {
-        let (num_columns, row_bytes) = (4 * groups, vec4s * if half { 8 } else { 16 });
-        match weight_pages(num_experts, num_columns, row_bytes, limit) {
-            Ok(pages) => check_pages(&pages, num_experts, num_columns, row_bytes, limit),
+        let (num_columns, quad_bytes) = (4 * groups, vec4s * 16);
+        match weight_pages(num_experts, num_columns, quad_bytes, limit) {
+            Ok(pages) => check_pages(&pages, num_experts, num_columns, quad_bytes, limit),
             Err(Error::LimitExceeded { required, available, .. }) => {
                 prop_assert!(available == limit && required > limit);
                 // Eight columns really do not fit, nor does a whole expert.
-                prop_assert!(8 * row_bytes > limit && u64::from(num_columns) * row_bytes > limit);
+                prop_assert!(2 * quad_bytes > limit && u64::from(groups) * quad_bytes > limit);
             }
             Err(error) => panic!("{error}"),
         }
@@ -254,6 +286,7 @@ proptest! {
     ) {
         let request = MatmulRequest { variant, choice: None };
         let limit = device.max_buffer_bytes();
+        let config = in_blocks(&config, format);
         let plan = match LayerPlan::new(&config, format, &device, &request) {
             Ok(plan) => plan,
             Err(Error::Unsupported { .. }) => {
@@ -267,10 +300,10 @@ proptest! {
             Err(error) => panic!("{error}"),
         };
         let (h, i) = (config.hidden_size(), config.intermediate_size());
-        let row_bytes = |inputs: u32| u64::from(inputs.next_multiple_of(4)) * u64::from(format.bits()) / 8;
         let columns = 2 * i.next_multiple_of(4);
-        check_pages(plan.pages("gate_up_weights"), config.num_experts(), columns, row_bytes(h), limit);
-        check_pages(plan.pages("down_weights"), config.num_experts(), h.next_multiple_of(4), row_bytes(i), limit);
+        let [first, second] = [h, i].map(|inputs| quad_bytes(format, inputs));
+        check_pages(plan.pages("gate_up_weights"), config.num_experts(), columns, first, limit);
+        check_pages(plan.pages("down_weights"), config.num_experts(), h.next_multiple_of(4), second, limit);
 
         let max_tokens = plan.max_tokens();
         prop_assert!(max_tokens > 0);

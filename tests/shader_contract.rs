@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use wgmoe::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, StatisticsParams};
 use wgmoe::kernels::{self, Access, Kernel, Part, Stage};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest};
-use wgmoe::{Activation, MatmulVariant, MoeConfig, Routing, WeightFormat};
+use wgmoe::{Activation, LayerFormats, MatmulVariant, MoeConfig, Routing, WeightFormat};
 
 /// What a checker found wrong, one line each.
 type Faults = Vec<String>;
@@ -144,7 +144,7 @@ fn uniform_structs() -> BTreeMap<&'static str, Fields> {
         fields!(NormParams: num_rows, width, v_stride, normed_stride, epsilon),
         fields!(StatisticsParams: num_tokens, tokens_per_sequence, num_experts, top_k),
         fields!(MatmulParams: num_tile_slots, num_column_tiles, first_expert, end_expert, first_column, num_columns,
-            begin_column, end_column, k4,
+            begin_column, end_column, k4, quad_stride,
             x_stride, out_stride, num_assignments, num_experts, top_k, tile_m, bias_stride, slice_column, limit, alpha),
     ])
 }
@@ -340,13 +340,14 @@ fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
     let mut faults = Vec::new();
     let routing = Routing::softmax(true);
     for num_experts in [1, 2, 3, 8, 60, 64, 128, 200, 257, 512, 1024] {
-        for hidden_size in [64, 65] {
+        for hidden_size in [256, 65] {
             let top_k = num_experts.min(8);
-            let config = MoeConfig::new(hidden_size, 32, num_experts, top_k, routing, Activation::SWIGLU);
+            let config = MoeConfig::new(hidden_size, 256, num_experts, top_k, routing, Activation::SWIGLU);
             let config = config.expect("the sizes are valid");
             for device in devices() {
                 let variants = std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some));
-                for (variant, &format) in variants.flat_map(|v| WeightFormat::ALL.iter().map(move |f| (v, f))) {
+                let formats = || WeightFormat::ALL.iter().filter(|f| LayerFormats::from(**f).check(&config).is_ok());
+                for (variant, &format) in variants.flat_map(|v| formats().map(move |f| (v, f))) {
                     let request = MatmulRequest { variant, choice: None };
                     let Ok(plan) = LayerPlan::new(&config, format, &device, &request) else {
                         assert_eq!((variant, device.subgroup_size), (Some(MatmulVariant::Subgroup), None));
@@ -377,8 +378,8 @@ fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
 fn the_list_holds_every_kernel_of_every_plan() {
     let listed: BTreeMap<String, Kernel> = kernels::all().into_iter().map(|k| (k.label.clone(), k)).collect();
     let routing = Routing::softmax(true);
-    for hidden_size in [64, 65] {
-        let config = MoeConfig::new(hidden_size, 32, 8, 2, routing, Activation::SWIGLU).expect("the sizes are valid");
+    for hidden_size in [256, 65] {
+        let config = MoeConfig::new(hidden_size, 256, 8, 2, routing, Activation::SWIGLU).expect("the sizes are valid");
         for (device, &format) in devices().iter().flat_map(|d| WeightFormat::ALL.iter().map(move |f| (d, f))) {
             for variant in std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some)) {
                 let request = MatmulRequest { variant, choice: None };

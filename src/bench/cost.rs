@@ -52,8 +52,9 @@ mod tests {
         let cost = Cost::of_forward(&config(), WeightFormat::F16, 3, 4);
         // 3 tokens x 2 experts x (3 matmuls x 10 x 7) multiply-adds, and 3 x 10 x 5 for the router.
         assert_eq!(cost.flops, (2 * 3 * 2 * 3 * 10 * 7 + 2 * 3 * 10 * 5) as f64);
-        // 4 experts x 210 weights x 2 bytes; 50 router weights, 30 inputs and 30 outputs of 4 bytes.
-        assert_eq!(cost.bytes, (4 * 210 * 2 + 4 * (50 + 30 + 30)) as f64);
+        // 4 experts x 2 bytes x weights: 2 x 7 rows of 10, which are stored as 12, and 10 rows of 7, stored as 8. 50
+        // router weights, 30 inputs and 30 outputs of 4 bytes.
+        assert_eq!(cost.bytes, (4 * 2 * (14 * 12 + 10 * 8) + 4 * (50 + 30 + 30)) as f64);
     }
 
     #[test]

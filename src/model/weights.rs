@@ -121,7 +121,7 @@ impl MoeWeights {
     /// lengths.
     pub fn validate(&self, config: &MoeConfig, format: WeightFormat) -> Result<()> {
         self.check_presence(config, true)?;
-        for (tensor, values, shape) in self.tensors(config) {
+        for (tensor, _, shape) in self.tensors(config) {
             if tensor.ends_with("_proj") {
                 format.check_inputs(tensor, shape[2] as u32)?;
             }

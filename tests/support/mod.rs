@@ -1,7 +1,9 @@
 //! What the integration tests share: the device, values, comparisons, and the tests that the comparisons can fail.
 
 use std::io::Write;
-use wgmoe::{Activation, Context, DeviceChoice, MatmulVariant, MoeConfig, MoeWeights, Routing, wgpu};
+use wgmoe::{
+    Activation, Context, DeviceChoice, LayerFormats, MatmulVariant, MoeConfig, MoeWeights, Routing, WeightFormat, wgpu,
+};
 
 /// Every `got[i]` is within `bound(i)` of `want[i]`. Panics with the worst element, measured in bounds.
 #[allow(dead_code, reason = "not every test binary compares floats")]
@@ -138,6 +140,12 @@ impl Values {
 pub fn config([hidden, intermediate, experts, top_k]: [u32; 4], renormalize: bool) -> MoeConfig {
     let routing = Routing::softmax(renormalize);
     MoeConfig::new(hidden, intermediate, experts, top_k, routing, Activation::SWIGLU).expect("the sizes are valid")
+}
+
+/// The formats that hold rows of this layer's lengths.
+#[allow(dead_code, reason = "not every test binary stores weights in every way")]
+pub fn formats(config: &MoeConfig) -> Vec<WeightFormat> {
+    WeightFormat::ALL.iter().copied().filter(|&format| LayerFormats::from(format).check(config).is_ok()).collect()
 }
 
 /// For comparing floats bit by bit: NaN equals itself, and -0 is not 0.

@@ -331,7 +331,7 @@ fn nvfp4_of_both_publishers_keeps_its_values() {
         let (format, packed) = nvfp4_rows(&t).expect("good sizes");
         assert_eq!(format, WeightFormat::Nvfp4);
         for (at, value) in decode(format, inputs, &packed).into_iter().enumerate() {
-            assert_eq!(value.to_bits(), (e2m1(items[at]) * e4m3(scales[at / 16]) * factor).to_bits(), "at {at}");
+            assert_eq!(value.to_bits(), (e2m1(items[at]) * (e4m3(scales[at / 16]) * factor)).to_bits(), "at {at}");
         }
     }
 
