@@ -71,6 +71,7 @@
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
 #![deny(missing_docs)]
 
+mod atomic_file;
 pub mod bench;
 pub mod check;
 pub mod context;

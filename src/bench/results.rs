@@ -1,12 +1,12 @@
 //! Results as they are written to disk. Field names are a promise: other programs read them.
 
 use crate::DeviceInfo;
+use crate::atomic_file::write_atomically;
 use crate::bench::router::RouterTime;
 use crate::error::{Error, Result};
 use crate::model::formats::WeightFormat;
 use serde::{Deserialize, Serialize};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Version of the format. Fields may be added without a new version; none changes its meaning.
 pub const SCHEMA: u32 = 1;
@@ -174,23 +174,7 @@ pub fn write_json(path: &Path, json: &impl Serialize) -> Result<()> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let mut text = serde_json::to_vec_pretty(json).map_err(|error| io(error.into()))?;
     text.push(b'\n');
-    let temporary = temporary_name(path);
-    let written = std::fs::File::create(&temporary)
-        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
-        .and_then(|()| std::fs::rename(&temporary, path));
-    if written.is_err() {
-        // The error below says what happened; a leftover would only be in the way.
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written.map_err(io)
-}
-
-/// A name beside `path`, so that renaming stays on one file system, and with the process in it, so that two runs
-/// do not write to one file.
-pub fn temporary_name(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    path.with_file_name(name)
+    write_atomically(path, &text)
 }
 
 #[cfg(test)]

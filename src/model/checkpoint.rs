@@ -115,11 +115,6 @@ impl<'c> LayerSource<'c> {
         self.converted.map_or_else(|| self.file.stored_formats(), Ok)
     }
 
-    /// All tensors but the matrices of experts.
-    pub(crate) fn weights(&self) -> &MoeWeights {
-        &self.weights
-    }
-
     /// The layer's other tensors, and where its experts come from.
     pub(crate) fn parts(&mut self) -> Result<(&MoeWeights, FileSource<'_, 'c>)> {
         let (formats, as_stored) = (self.formats()?, self.converted.is_none());
@@ -250,18 +245,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::load_layer`], but for what is wrong with experts.
     pub fn layer<'c>(&'c self, family: Option<&'c Family>, layer: u32) -> Result<LayerSource<'c>> {
-        let model_config = self.config.as_ref().ok_or_else(|| Error::BadFile {
-            path: self.path.clone(),
-            message: "no configuration: neither config.json beside it nor a metadata key \"config\"".to_owned(),
-        })?;
-        let family = match family {
-            Some(family) => family,
-            None => model_config.family()?,
-        };
-        let config = family.moe_config(model_config, layer)?;
-        let (layout_name, layout, prefix) = self.find_layout(family, layer)?;
-        let reader = LayerReader { family, layout, prefix, config };
-        let mut file = LayerFile::open(reader, self.shards(model_config))?;
+        let (layout_name, mut file) = self.layer_file(family, layer)?;
         let (weights, scale) = file.small()?;
         let config = match scale {
             Some(factor) => scaled(file.config(), factor)?,
@@ -271,12 +255,82 @@ impl Checkpoint {
         Ok(LayerSource {
             config,
             weights,
-            family: family.name(),
-            model_type: model_config.model_type(),
+            family: file.family().name(),
+            model_type: self.model_config()?.model_type(),
             layout: layout_name,
             file,
             converted: None,
         })
+    }
+
+    fn model_config(&self) -> Result<&ModelConfig> {
+        self.config.as_ref().ok_or_else(|| Error::BadFile {
+            path: self.path.clone(),
+            message: "no configuration: neither config.json beside it nor a metadata key \"config\"".to_owned(),
+        })
+    }
+
+    /// A layer in its files, and the name of its layout.
+    pub(crate) fn layer_file<'c>(&'c self, family: Option<&'c Family>, layer: u32) -> Result<(&'c str, LayerFile<'c>)> {
+        let model_config = self.model_config()?;
+        let family = family.map_or_else(|| model_config.family(), Ok)?;
+        let config = family.moe_config(model_config, layer)?;
+        let (name, layout, prefix) = self.find_layout(family, layer)?;
+        let reader = LayerReader { family, layout, prefix, config };
+        Ok((name, LayerFile::open(reader, self.shards(model_config))?))
+    }
+
+    /// The layers that have an MoE block, ascending: those whose router and first projection exist.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::load_layer`] about the configuration and the family; [`Error::MissingTensor`] if there is
+    /// none.
+    pub fn layers(&self, family: Option<&Family>) -> Result<Vec<u32>> {
+        let family = family.map_or_else(|| self.model_config()?.family(), Ok)?;
+        let mut candidates = BTreeSet::new();
+        if self.metadata.contains_key("prefix") {
+            candidates.insert(self.metadata("layer_idx").and_then(|text| text.parse().ok()).unwrap_or(0));
+        } else {
+            for prefix in family.layouts()?.values().flat_map(|layout| &layout.prefixes) {
+                let Some((start, end)) = prefix.split_once("{layer}") else {
+                    candidates.insert(0);
+                    continue;
+                };
+                let number = |name: &str| {
+                    let rest = name.strip_prefix(start)?;
+                    let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+                    rest[digits..].starts_with(end).then(|| rest[..digits].parse::<u32>().ok())?
+                };
+                candidates.extend(self.tensor_names().filter_map(number));
+            }
+        }
+        let first = candidates.first().copied().unwrap_or(0);
+        let layers: Vec<u32> =
+            candidates.into_iter().filter(|&layer| self.find_layout(family, layer).is_ok()).collect();
+        match layers.is_empty() {
+            true => self.find_layout(family, first).map(|_| layers),
+            false => Ok(layers),
+        }
+    }
+
+    /// The configuration as it was read.
+    pub(crate) fn config_text(&self) -> Result<&str> {
+        Ok(&self.model_config()?.text)
+    }
+
+    /// `output` is none of the files that are read.
+    ///
+    /// # Errors
+    /// [`Error::InvalidConfig`] if it is one: writing there would destroy what is read.
+    pub fn check_not_a_source(&self, output: &Path) -> Result<()> {
+        let same = |file: &PathBuf| match (file.canonicalize(), output.canonicalize()) {
+            (Ok(file), Ok(output)) => file == output,
+            _ => false,
+        };
+        match self.files.iter().find(|file| same(file)) {
+            None => Ok(()),
+            Some(file) => Err(Error::config("output", file.display(), "a file that is not read at the same time")),
+        }
     }
 
     fn shards(&self, config: &ModelConfig) -> Shards<'_> {

@@ -90,6 +90,19 @@ struct Found {
     shape: Shape,
 }
 
+/// A tensor of a layer, for those who copy it: `count` matrices `[rows, columns]`.
+pub(crate) struct Tensor {
+    /// With `{expert}` where there is one for each.
+    pub name: String,
+    /// Names in files.
+    pub files: Vec<String>,
+    pub count: usize,
+    pub rows: usize,
+    pub columns: usize,
+    /// It holds matrices of experts.
+    pub is_expert: bool,
+}
+
 /// How the numbers of a tensor are stored.
 enum Storage {
     /// One by one.
@@ -536,6 +549,11 @@ impl<'c> LayerFile<'c> {
         &self.reader.config
     }
 
+    /// Its description.
+    pub fn family(&self) -> &'c Family {
+        self.reader.family
+    }
+
     /// In front of its tensors' names.
     pub fn prefix(&self) -> &str {
         &self.reader.prefix
@@ -584,6 +602,50 @@ impl<'c> LayerFile<'c> {
             }
         }
         Ok(reader.assemble(values, token_table))
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        self.shards.path
+    }
+
+    /// Every tensor.
+    pub fn tensors(&self) -> Vec<Tensor> {
+        let experts = [ExpertKind::Routed, ExpertKind::Shared].map(expert_slots).concat();
+        let describe = |tensor: &Found| Tensor {
+            name: format!("{}{}", self.reader.prefix, tensor.pattern),
+            files: self.reader.tensor_names(tensor),
+            count: tensor.shape.count,
+            rows: tensor.shape.rows,
+            columns: tensor.shape.columns,
+            is_expert: experts.contains(&tensor.slot),
+        };
+        self.found.iter().map(describe).collect()
+    }
+
+    /// Matrix `item` of a tensor, as it is stored.
+    pub fn read(&mut self, tensor: usize, item: usize) -> Result<PackedMatrix> {
+        self.reader.read_matrix(&mut self.shards, &self.found[tensor], item)
+    }
+
+    /// A tensor's matrices are stored `[in, out]`.
+    pub fn is_transposed(&self, tensor: usize) -> bool {
+        self.reader.layout.is_transposed(self.found[tensor].slot)
+    }
+
+    /// Type, shape and bytes of a tensor whose numbers are stored one by one; `None` for others.
+    pub fn plain(&mut self, name: &str) -> Result<Option<(Dtype, Vec<usize>, u64)>> {
+        let Storage::Plain = self.reader.storage(&mut self.shards, name)? else { return Ok(None) };
+        let info = self.shards.file_of(name)?.info(name)?;
+        let bits = info.shape.iter().product::<usize>() as u64 * info.dtype.bitsize() as u64;
+        Ok(Some((info.dtype, info.shape.clone(), bits / 8)))
+    }
+
+    /// All bytes of such a tensor.
+    pub fn copy(&mut self, name: &str) -> Result<Vec<u8>> {
+        let file = self.shards.file_of(name)?;
+        let count = file.info(name)?.shape.iter().product();
+        file.read_raw(name, 0..count)
     }
 
     fn matrix(&mut self, slot: &str, item: usize) -> Result<Option<PackedMatrix>> {

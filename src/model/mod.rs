@@ -10,7 +10,7 @@ pub mod formats;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;
-
+pub mod quantize;
 pub mod routing;
 pub(crate) mod source;
 pub mod statistics;

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub(crate) struct ModelConfig {
     /// The file it was read from.
     pub path: PathBuf,
+    /// What was read there.
+    pub text: String,
     /// What is looked into, in this order: the configuration of the text model inside a multimodal one, and what is
     /// around it.
     scopes: Vec<Map<String, Value>>,
@@ -27,7 +29,7 @@ impl ModelConfig {
         };
         let mut scopes = Vec::new();
         collect_scopes(outer, &mut scopes);
-        Ok(Self { path: path.to_owned(), scopes })
+        Ok(Self { path: path.to_owned(), text: String::from_utf8_lossy(json).into_owned(), scopes })
     }
 
     /// What the text model, or else the whole model, calls itself.

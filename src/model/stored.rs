@@ -28,30 +28,23 @@ impl PackedMatrix {
         if self.format == WeightFormat::F32 {
             return bytemuck::pod_collect_to_vec(&self.bytes);
         }
-        let row_bytes = self.format.layout(self.inputs).bytes.max(1);
-        let rows = self.bytes.par_chunks(row_bytes * ROWS_AT_A_TIME);
-        rows.flat_map_iter(|rows| formats::decode(self.format, self.inputs, rows)).collect()
+        formats::decode_matrix(self.format, self.inputs, &self.bytes)
     }
 
     /// The first weight that is not finite.
     pub fn not_finite(&self) -> Option<(usize, f32)> {
-        let row_bytes = self.format.layout(self.inputs).bytes.max(1);
-        let rows = self.bytes.par_chunks(row_bytes * ROWS_AT_A_TIME).enumerate();
-        let find = |(n, rows): (usize, &[u8])| {
-            if self.format == WeightFormat::Bf16 {
-                // The most common format, and all of a large file: no need to decode it.
-                rows.chunks_exact(2).find(|b| b[1] & 0x7f == 0x7f && b[0] & 0x80 != 0)?;
-            }
-            let values = formats::decode(self.format, self.inputs, rows);
+        let layout = self.format.layout(self.inputs);
+        let rows = self.bytes.par_chunks(layout.bytes.max(1)).enumerate();
+        let find = |(n, row): (usize, &[u8])| {
+            // Decoding a large file to look at it would take longer than to read it.
+            formats::may_not_be_finite(self.format, &layout, row).then_some(())?;
+            let values = formats::decode(self.format, self.inputs, row);
             let at = values.iter().position(|v| !v.is_finite())?;
-            Some((n * ROWS_AT_A_TIME * self.inputs + at, values[at]))
+            Some((n * self.inputs + at, values[at]))
         };
         rows.filter_map(find).min_by_key(|(at, _)| *at)
     }
 }
-
-/// Rows decoded by one task.
-const ROWS_AT_A_TIME: usize = 64;
 
 /// Items of `SIZE` bytes, `[rows, columns]` to `[columns, rows]`.
 pub(crate) fn transpose<const SIZE: usize>(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {

@@ -2,12 +2,13 @@
 //! on request, in pieces, as f32. Files are never mapped into memory, so a truncated one is an error here instead of
 //! zeros later. This module knows nothing of layers.
 
+use crate::atomic_file::write_atomically;
 use crate::error::{Error, Result};
 use crate::model::tensor_header::{Header, TensorInfo};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -244,8 +245,7 @@ pub fn read_integers(path: &Path, name: Option<&str>) -> Result<Vec<i64>> {
     file.read_integers(&name)
 }
 
-/// Writes a file with one F32 tensor. The content appears under `path` complete or not at all: it is written under a
-/// temporary name beside it first.
+/// Writes a file with one F32 tensor, which appears under `path` complete or not at all.
 ///
 /// # Errors
 /// [`Error::LengthMismatch`] if `shape` does not hold `values`, [`Error::Io`].
@@ -259,22 +259,12 @@ pub fn write_tensor(path: &Path, name: &str, values: &[f32], shape: &[usize]) ->
             found: values.len(),
         });
     }
-    let io = |source| Error::Io { path: path.to_owned(), source };
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let bad = |error| Error::BadFile { path: path.to_owned(), message: format!("cannot be written: {error}") };
     let view = safetensors::tensor::TensorView::new(Dtype::F32, shape.to_vec(), &bytes).map_err(bad)?;
     let content = safetensors::serialize([(name, view)], None::<HashMap<String, String>>).map_err(bad)?;
 
-    let file_name = path.file_name().ok_or_else(|| io(std::io::ErrorKind::IsADirectory.into()))?;
-    let temporary = path.with_file_name(format!(".{}.{}.tmp", file_name.to_string_lossy(), std::process::id()));
-    let written = File::create(&temporary)
-        .and_then(|mut file| file.write_all(&content).and_then(|()| file.sync_all()))
-        .and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|source| {
-        // Nothing more can be done about a temporary file that cannot be removed; the first error is the one to tell.
-        let _ = std::fs::remove_file(&temporary);
-        io(source)
-    })
+    write_atomically(path, &content)
 }
 
 /// The file's length; directories, pipes and devices are refused before anything can block on them.

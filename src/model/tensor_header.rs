@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
-const MAX_TENSORS: usize = 65_536;
+pub(crate) const MAX_TENSORS: usize = 65_536;
 const MAX_NAME_BYTES: usize = 256;
 const MAX_RANK: usize = 8;
 const MAX_DIM: u64 = 1 << 40;

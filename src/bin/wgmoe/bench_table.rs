@@ -181,7 +181,8 @@ pub fn number(value: f64) -> String {
     }
 }
 
-fn percent(fraction: f64) -> String {
+/// Two significant digits.
+pub fn percent(fraction: f64) -> String {
     let percent = fraction * 100.0;
     if percent >= 9.95 { format!("{percent:.0} %") } else { format!("{percent:.1} %") }
 }

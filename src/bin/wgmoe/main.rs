@@ -14,6 +14,7 @@ mod check;
 mod families;
 mod info;
 mod output;
+mod quantize;
 mod run;
 mod shader;
 
@@ -57,6 +58,7 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Families(families::Args),
+    Quantize(quantize::Args),
     Run(run::Args),
     Shader(shader::Args),
 }
@@ -107,6 +109,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
         Command::Families(args) => families::execute(args, output),
+        Command::Quantize(args) => quantize::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
     }

@@ -119,14 +119,16 @@ impl Drop for Status {
 }
 
 /// A bar of bytes with their rate and the time that is left, as [`Status`].
-pub struct Loading(ProgressBar);
+pub struct Bytes(ProgressBar);
 
-impl Loading {
-    pub fn new() -> Self {
+impl Bytes {
+    /// `what` stands in front of the bar.
+    pub fn new(what: &'static str) -> Self {
         let bar = ProgressBar::new(0);
-        let template = "loading experts {bar:32} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
+        let template = "{prefix} {bar:32} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
         bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed"));
-        Loading(bar)
+        bar.set_prefix(what);
+        Bytes(bar)
     }
 
     pub fn set(&self, done: u64, total: u64) {
@@ -135,7 +137,7 @@ impl Loading {
     }
 }
 
-impl Drop for Loading {
+impl Drop for Bytes {
     fn drop(&mut self) {
         self.0.finish_and_clear();
     }

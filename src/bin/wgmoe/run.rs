@@ -2,14 +2,13 @@
 
 use crate::bench_table::{number, seconds};
 use crate::families::chosen;
-use crate::output::{Loading, Output};
+use crate::output::{Bytes, Output};
 use crate::{Verdict, must_be_writable, must_exist, open, unusable, widen};
 use anyhow::Context as _;
 use indicatif::HumanBytes;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use wgmoe::bench::results::temporary_name;
 use wgmoe::model::checkpoint::{read_integers, read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
 use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, MoeLayer, ResidencyStats, WeightFormat};
@@ -111,7 +110,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let context = widen(context, &device, needed, output)?;
 
     let started = Instant::now();
-    let bar = Loading::new();
+    let bar = Bytes::new("loading experts");
     let layer = MoeLayer::load(&context, &mut source, &args.memory.options(), |done, total| bar.set(done, total))
         .with_context(cannot)?;
     drop(bar);
@@ -129,7 +128,8 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let forward_s = started.elapsed().as_secs_f64();
     let tokens_per_expert =
         if y.is_empty() { vec![0; config.num_experts() as usize] } else { layer.routing()?.tokens_per_expert };
-    write(&args.output, &y, &shape)?;
+    write_tensor(&args.output, OUTPUT_TENSOR, &y, &shape)
+        .with_context(|| format!("cannot write {}", args.output.display()))?;
 
     let report = Report {
         file: args.file.display().to_string(),
@@ -203,19 +203,6 @@ fn check_shape(path: &Path, tensor: Option<&str>, shape: &[usize], hidden_size: 
         found: format!("{shape:?}"),
         expected: format!("[..., {hidden_size}], the layer's hidden_size last"),
     })
-}
-
-/// Writes beside the target and renames, so that nobody finds half a file.
-fn write(path: &Path, y: &[f32], shape: &[usize]) -> anyhow::Result<()> {
-    let temporary = temporary_name(path);
-    let written = write_tensor(&temporary, OUTPUT_TENSOR, y, shape)
-        .map_err(anyhow::Error::from)
-        .and_then(|()| Ok(std::fs::rename(&temporary, path)?));
-    if written.is_err() {
-        // The error says what happened; a leftover would only be in the way.
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn describe(report: &Report) -> String {

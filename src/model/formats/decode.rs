@@ -2,7 +2,8 @@
 //! a group shares first, then its product with the code. So theirs have the same bits.
 
 use super::small_floats::{e2m1, e4m3, e8m0};
-use super::{IntGroups, RowLayout, WeightFormat};
+use super::{IntGroups, Region, RowLayout, WeightFormat};
+use rayon::prelude::*;
 
 /// The weights of packed rows `[rows, inputs]` of one matrix, as f32.
 ///
@@ -18,38 +19,118 @@ pub fn decode(format: WeightFormat, inputs: usize, packed: &[u8]) -> Vec<f32> {
     values
 }
 
+/// As [`decode`], in parallel.
+pub(crate) fn decode_matrix(format: WeightFormat, inputs: usize, packed: &[u8]) -> Vec<f32> {
+    let row_bytes = format.layout(inputs).bytes.max(1);
+    let mut values = vec![0.0; packed.len() / row_bytes * inputs];
+    let rows = packed.par_chunks(row_bytes * ROWS_AT_A_TIME);
+    rows.zip(values.par_chunks_mut(inputs.max(1) * ROWS_AT_A_TIME)).for_each(|(rows, values)| {
+        values.copy_from_slice(&decode(format, inputs, rows));
+    });
+    values
+}
+
+/// Rows decoded by one task.
+const ROWS_AT_A_TIME: usize = 16;
+
 /// The weights of one packed row.
 pub(crate) fn decode_row(format: WeightFormat, layout: &RowLayout, row: &[u8], values: &mut [f32]) {
     let r = &layout.regions;
-    // Item of region n that belongs to input k.
-    let at = |n: usize, k: usize| r[n].get(row, k / r[n].per as usize);
-    let float = |n: usize, k: usize| f32::from_bits(at(n, k));
-    let half = |n: usize, k: usize| half::f16::from_bits(at(n, k) as u16).to_f32();
-    let mut each = |weight: &dyn Fn(usize) -> f32| values.iter_mut().enumerate().for_each(|(k, v)| *v = weight(k));
+    let item = |n: usize, at: usize| r[n].get(row, at);
+    let float = |n: usize, at: usize| f32::from_bits(item(n, at));
+    let half = |n: usize, at: usize| half::f16::from_bits(item(n, at) as u16).to_f32();
     match format {
-        WeightFormat::F32 => each(&|k| float(0, k)),
-        WeightFormat::F16 => each(&|k| half(0, k)),
-        WeightFormat::Bf16 => each(&|k| f32::from_bits(at(0, k) << 16)),
+        WeightFormat::F32 => values.iter_mut().enumerate().for_each(|(k, v)| *v = float(0, k)),
+        WeightFormat::F16 => values.iter_mut().enumerate().for_each(|(k, v)| *v = half(0, k)),
+        WeightFormat::Bf16 => values.iter_mut().enumerate().for_each(|(k, v)| *v = f32::from_bits(item(0, k) << 16)),
         WeightFormat::Int8(groups) | WeightFormat::Int4(groups) => {
             let middle = middle(format);
-            each(&|k| {
-                let zero = if groups.has_zero_points() { at(2, k) as f32 } else { middle };
-                (at(0, k) as f32 - zero) * float(1, k)
+            by_group(&r[0], row, groups.size(), values, |g, codes, values| {
+                let (scale, zero) = (float(1, g), if groups.has_zero_points() { item(2, g) as f32 } else { middle });
+                each(codes, values, |code| (f32::from(code) - zero) * scale);
             });
         }
-        WeightFormat::Mxfp4 => each(&|k| e2m1(at(0, k) as u8) * e8m0(at(1, k) as u8)),
-        WeightFormat::Nvfp4 => each(&|k| e2m1(at(0, k) as u8) * (e4m3(at(2, k) as u8) * float(1, k))),
-        WeightFormat::Fp8 => each(&|k| e4m3(at(0, k) as u8) * float(1, k)),
-        WeightFormat::Q4_0 => each(&|k| (at(0, k) as f32 - 8.0) * half(1, k)),
-        WeightFormat::Q8_0 => each(&|k| f32::from(at(0, k) as u8 as i8) * half(1, k)),
-        WeightFormat::Q4K => each(&|k| {
-            let (scale, least) = (half(1, k) * at(3, k) as f32, half(2, k) * at(4, k) as f32);
-            scale * at(0, k) as f32 - least
+        WeightFormat::Mxfp4 => by_group(&r[0], row, 32, values, |g, codes, values| {
+            let scale = e8m0(item(1, g) as u8);
+            each(codes, values, |code| e2m1(code) * scale);
         }),
-        WeightFormat::Q6K => each(&|k| {
-            let code = at(0, k) | at(1, k) << 4;
-            half(2, k) * f32::from(at(3, k) as u8 as i8) * (code as f32 - 32.0)
+        WeightFormat::Nvfp4 => by_group(&r[0], row, 16, values, |g, codes, values| {
+            let scale = e4m3(item(2, g) as u8) * float(1, 0);
+            each(codes, values, |code| e2m1(code) * scale);
         }),
+        WeightFormat::Fp8 => by_group(&r[0], row, 128, values, |g, codes, values| {
+            let scale = float(1, g);
+            each(codes, values, |code| e4m3(code) * scale);
+        }),
+        WeightFormat::Q4_0 => by_group(&r[0], row, 32, values, |g, codes, values| {
+            let scale = half(1, g);
+            each(codes, values, |code| (f32::from(code) - 8.0) * scale);
+        }),
+        WeightFormat::Q8_0 => by_group(&r[0], row, 32, values, |g, codes, values| {
+            let scale = half(1, g);
+            each(codes, values, |code| f32::from(code as i8) * scale);
+        }),
+        WeightFormat::Q4K => by_group(&r[0], row, 32, values, |g, codes, values| {
+            let scale = half(1, g / 8) * item(3, g) as f32;
+            let least = half(2, g / 8) * item(4, g) as f32;
+            each(codes, values, |code| scale * f32::from(code) - least);
+        }),
+        WeightFormat::Q6K => {
+            let mut high = [0; MOST];
+            by_group(&r[0], row, 16, values, |g, low, values| {
+                let scale = half(2, g / 16) * f32::from(item(3, g) as u8 as i8);
+                r[1].take(row, g * 16, &mut high[..low.len()]);
+                for ((value, &low), &high) in values.iter_mut().zip(low).zip(&high) {
+                    *value = scale * (f32::from(low | high << 4) - 32.0);
+                }
+            });
+        }
+    }
+}
+
+/// Most inputs of a group.
+const MOST: usize = 128;
+
+/// `decode(group, codes, values)` for each `size` inputs of a row.
+fn by_group(
+    region: &Region,
+    row: &[u8],
+    size: u32,
+    values: &mut [f32],
+    mut decode: impl FnMut(usize, &[u8], &mut [f32]),
+) {
+    let (mut codes, size) = ([0; MOST], size as usize);
+    for (g, values) in values.chunks_mut(size).enumerate() {
+        let codes = &mut codes[..values.len()];
+        region.take(row, g * size, codes);
+        decode(g, codes, values);
+    }
+}
+
+fn each(codes: &[u8], values: &mut [f32], weight: impl Fn(u8) -> f32) {
+    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = weight(code));
+}
+
+/// A packed row may hold a weight that is NaN or infinite: of floats one that is, of the others a scale that is, or
+/// that the largest code could make so. `false` is certain.
+pub(crate) fn may_not_be_finite(format: WeightFormat, layout: &RowLayout, row: &[u8]) -> bool {
+    let bytes = |n: usize| &row[layout.regions[n].at..][..layout.regions[n].bytes()];
+    let words = |n: usize| bytes(n).as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b));
+    let halves = |n: usize| bytes(n).as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b));
+    let too_large = |n: usize| words(n).any(|bits| !(f32::from_bits(bits).abs() <= f32::MAX / 4096.0));
+    match format {
+        WeightFormat::F32 => words(0).any(|bits| bits & 0x7f80_0000 == 0x7f80_0000),
+        WeightFormat::F16 => halves(0).any(|bits| bits & 0x7c00 == 0x7c00),
+        WeightFormat::Bf16 => halves(0).any(|bits| bits & 0x7f80 == 0x7f80),
+        WeightFormat::Int8(_) | WeightFormat::Int4(_) => too_large(1),
+        // 2^126 times 6 is infinite, and 255 is NaN.
+        WeightFormat::Mxfp4 => bytes(1).iter().any(|&exponent| exponent > 251),
+        WeightFormat::Nvfp4 => too_large(1) || bytes(2).iter().any(|&scale| scale & 127 == 127),
+        WeightFormat::Fp8 => too_large(1) || bytes(0).iter().any(|&code| code & 127 == 127),
+        // With whole scales and codes of at most eight bits, no finite f16 makes anything infinite.
+        WeightFormat::Q4_0 | WeightFormat::Q8_0 => halves(1).any(|bits| bits & 0x7c00 == 0x7c00),
+        WeightFormat::Q4K => halves(1).chain(halves(2)).any(|bits| bits & 0x7c00 == 0x7c00),
+        WeightFormat::Q6K => halves(2).any(|bits| bits & 0x7c00 == 0x7c00),
     }
 }
 

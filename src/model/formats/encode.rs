@@ -2,7 +2,7 @@
 
 use super::decode::{decode_row, middle};
 use super::small_floats::{E2M1_MAX, E4M3_MAX, e4m3, to_e2m1, to_e4m3};
-use super::{RowLayout, WeightFormat};
+use super::{Region, RowLayout, WeightFormat};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -86,7 +86,7 @@ fn encode_row(
                     let (low, high) = values.iter().fold((0f32, 0f32), |(low, high), &v| (low.min(v), high.max(v)));
                     // Halves, as the difference may be more than f32 can hold.
                     let scale = positive((high / 2.0 - low / 2.0) / most * 2.0);
-                    (scale, (-low / scale).round_ties_even().clamp(0.0, most))
+                    (scale, round(-low / scale).clamp(0.0, most))
                 } else {
                     (positive(largest(values) / (middle(format) - 1.0)), middle(format))
                 };
@@ -94,8 +94,8 @@ fn encode_row(
                 if groups.has_zero_points() {
                     r[2].set(row, g, zero as u32);
                 }
-                let code = |v: f32| ((v / scale).round_ties_even() + zero).clamp(0.0, most) as u32;
-                each(values, |k, v| codes.set(row, g * groups.size() as usize + k, code(v)));
+                let code = |v: f32| (round(v / scale) + zero).clamp(0.0, most) as u8;
+                put(codes, row, g * groups.size() as usize, values, code);
             }
         }
         WeightFormat::Mxfp4 => {
@@ -103,7 +103,7 @@ fn encode_row(
                 let exponent = exponent(largest(values)).saturating_sub(2).clamp(-127, 127);
                 r[1].set(row, g, (exponent + 127) as u32);
                 let scale = 2f64.powi(exponent);
-                each(values, |k, v| codes.set(row, g * 32 + k, to_e2m1((f64::from(v) / scale) as f32).into()));
+                put(codes, row, g * 32, values, |v| to_e2m1((f64::from(v) / scale) as f32));
             }
         }
         WeightFormat::Nvfp4 => {
@@ -113,14 +113,14 @@ fn encode_row(
                 let scale = to_e4m3(largest(values) / E2M1_MAX / matrix_scale);
                 r[2].set(row, g, scale.into());
                 let scale = positive(e4m3(scale) * matrix_scale);
-                each(values, |k, v| codes.set(row, g * 16 + k, to_e2m1(v / scale).into()));
+                put(codes, row, g * 16, values, |v| to_e2m1(v / scale));
             }
         }
         WeightFormat::Fp8 => {
             for (g, values) in values.chunks(FP8_BLOCK).enumerate() {
                 let scale = shared[g];
                 r[1].set(row, g, scale.to_bits());
-                each(values, |k, v| codes.set(row, g * FP8_BLOCK + k, to_e4m3(v / scale).into()));
+                put(codes, row, g * FP8_BLOCK, values, |v| to_e4m3(v / scale));
             }
         }
         WeightFormat::Q4_0 => {
@@ -128,8 +128,7 @@ fn encode_row(
                 let scale = f16::from_f32(extreme(values) / -8.0);
                 r[1].set(row, g, finite(scale, g * 32)?);
                 let scale = nonzero(scale.to_f32());
-                let code = |v: f32| ((v / scale).round_ties_even() + 8.0).clamp(0.0, 15.0) as u32;
-                each(values, |k, v| codes.set(row, g * 32 + k, code(v)));
+                put(codes, row, g * 32, values, |v| (round(v / scale) + 8.0).clamp(0.0, 15.0) as u8);
             }
         }
         WeightFormat::Q8_0 => {
@@ -137,8 +136,8 @@ fn encode_row(
                 let scale = f16::from_f32(largest(values) / 127.0);
                 r[1].set(row, g, finite(scale, g * 32)?);
                 let scale = nonzero(scale.to_f32());
-                let code = |v: f32| (v / scale).round_ties_even().clamp(-127.0, 127.0) as i8 as u8;
-                each(values, |k, v| codes.set(row, g * 32 + k, code(v).into()));
+                let code = |v: f32| round(v / scale).clamp(-127.0, 127.0) as i8 as u8;
+                put(codes, row, g * 32, values, code);
             }
         }
         WeightFormat::Q4K => {
@@ -154,13 +153,13 @@ fn encode_row(
                 r[2].set(row, b, finite(dmin, b * 256)?);
                 let (d, dmin) = (d.to_f32(), dmin.to_f32());
                 for (g, (values, (scale, least))) in values.chunks(32).zip(bounds).enumerate() {
-                    let part = |v: f32, unit: f32| (v / nonzero(unit)).round_ties_even().clamp(0.0, 63.0);
+                    let part = |v: f32, unit: f32| round(v / nonzero(unit)).clamp(0.0, 63.0);
                     let (scale, least) = (part(scale, d), part(least, dmin));
                     r[3].set(row, b * 8 + g, scale as u32);
                     r[4].set(row, b * 8 + g, least as u32);
                     let (scale, least) = (nonzero(d * scale), dmin * least);
-                    let code = |v: f32| ((v + least) / scale).round_ties_even().clamp(0.0, 15.0) as u32;
-                    each(values, |k, v| codes.set(row, b * 256 + g * 32 + k, code(v)));
+                    let code = |v: f32| round((v + least) / scale).clamp(0.0, 15.0) as u8;
+                    put(codes, row, b * 256 + g * 32, values, code);
                 }
             }
         }
@@ -171,15 +170,13 @@ fn encode_row(
                 r[2].set(row, b, finite(d, b * 256)?);
                 let d = d.to_f32();
                 for (g, (values, scale)) in values.chunks(16).zip(scales).enumerate() {
-                    let scale = (scale / nonzero(d)).round_ties_even().clamp(-128.0, 127.0);
+                    let scale = round(scale / nonzero(d)).clamp(-128.0, 127.0);
                     r[3].set(row, b * 16 + g, (scale as i8 as u8).into());
                     let scale = nonzero(d * scale);
-                    each(values, |k, v| {
-                        let code = ((v / scale).round_ties_even() + 32.0).clamp(0.0, 63.0) as u32;
-                        let k = b * 256 + g * 16 + k;
-                        codes.set(row, k, code & 15);
-                        r[1].set(row, k, code >> 4);
-                    });
+                    let code = |v: f32| (round(v / scale) + 32.0).clamp(0.0, 63.0) as u8;
+                    let first = b * 256 + g * 16;
+                    put(codes, row, first, values, |v| code(v) & 15);
+                    put(r[1], row, first, values, |v| code(v) >> 4);
                 }
             }
         }
@@ -195,6 +192,21 @@ fn encode_row(
 
 fn each(values: &[f32], mut set: impl FnMut(usize, f32)) {
     values.iter().enumerate().for_each(|(k, &v)| set(k, v));
+}
+
+/// To the nearest whole number, ties to even, of numbers that are far below 2^22, which codes are. By an addition,
+/// because a processor without a rounding instruction calls a function.
+fn round(value: f32) -> f32 {
+    const UNITS_LAST: f32 = 12_582_912.0; // 1.5 * 2^23
+    (value + UNITS_LAST) - UNITS_LAST
+}
+
+/// The codes of a group of at most 128 weights.
+fn put(region: Region, row: &mut [u8], first: usize, values: &[f32], code: impl Fn(f32) -> u8) {
+    let mut codes = [0; FP8_BLOCK];
+    let codes = &mut codes[..values.len()];
+    codes.iter_mut().zip(values).for_each(|(c, &v)| *c = code(v));
+    region.put(row, first, codes);
 }
 
 fn finite(scale: f16, k: usize) -> Result<u32, usize> {

@@ -14,6 +14,7 @@ pub(crate) mod small_floats;
 
 pub(crate) use blocks::{GgmlBlocks, ggml_row};
 pub use decode::decode;
+pub(crate) use decode::{decode_matrix, may_not_be_finite};
 pub use encode::{Unrepresentable, encode};
 pub(crate) use interleave::{ColumnOrder, interleave};
 
@@ -123,6 +124,33 @@ impl Region {
             16 => u16::from_le_bytes([row[at], row[at + 1]]).into(),
             8 => row[at].into(),
             bits => u32::from(row[at]) >> (index as u32 * bits % 8) & ((1 << bits) - 1),
+        }
+    }
+
+    /// Items from `first` on, of at most eight bits. As many items as a byte holds divide `first`.
+    pub fn take(&self, row: &[u8], first: usize, items: &mut [u8]) {
+        let bytes = &row[self.at + first * self.bits as usize / 8..];
+        match self.bits {
+            8 => items.copy_from_slice(&bytes[..items.len()]),
+            bits => {
+                let mask = (1u8 << bits) - 1;
+                for (items, &byte) in items.chunks_mut(8 / bits as usize).zip(bytes) {
+                    items.iter_mut().enumerate().for_each(|(n, item)| *item = byte >> (n as u32 * bits) & mask);
+                }
+            }
+        }
+    }
+
+    /// Sets items from `first` on, as [`Region::take`] reads them. What of the last byte is beyond them becomes zero.
+    pub fn put(&self, row: &mut [u8], first: usize, items: &[u8]) {
+        let bytes = &mut row[self.at + first * self.bits as usize / 8..];
+        match self.bits {
+            8 => bytes[..items.len()].copy_from_slice(items),
+            bits => {
+                for (items, byte) in items.chunks(8 / bits as usize).zip(bytes) {
+                    *byte = items.iter().rev().fold(0, |byte, &item| byte << bits | item);
+                }
+            }
         }
     }
 

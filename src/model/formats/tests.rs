@@ -158,3 +158,52 @@ fn ggml_blocks_mean_what_they_should() {
         }
     }
 }
+
+/// Rows of any bytes, most of which hold something that is not finite.
+#[test]
+fn rows_that_are_taken_for_finite_are() {
+    let mut state = 5u32;
+    let mut byte = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    for format in WeightFormat::every() {
+        let inputs = format.block().max(32) as usize;
+        let layout = format.layout(inputs);
+        let (mut fine, mut broken) = (0, 0);
+        for case in 0..4000 {
+            // Of every second row only a few bytes are random: many of those are fine.
+            let mut row = vec![0; layout.bytes];
+            for _ in 0..if case % 2 == 0 { 2 } else { layout.bytes } {
+                let at = (usize::from(byte()) * 256 + usize::from(byte())) % layout.bytes;
+                row[at] = byte();
+            }
+            let is_finite = decode(format, inputs, &row).iter().all(|v| v.is_finite());
+            match (may_not_be_finite(format, &layout, &row), is_finite) {
+                (false, false) => panic!("{format}: {row:?}"),
+                (false, true) => fine += 1,
+                (true, false) => broken += 1,
+                (true, true) => {}
+            }
+        }
+        assert!(fine > 100, "{format}: {fine} rows were fine");
+        assert!(broken > 10 || matches!(format, WeightFormat::Int4(_)), "{format}: {broken} rows were broken");
+    }
+}
+
+#[test]
+fn items_are_read_as_they_were_written() {
+    let items: Vec<u8> = (0..37).map(|n| (n * 7 + 3) as u8).collect();
+    for bits in [2, 4, 8] {
+        let items: Vec<u8> = items.iter().map(|item| item & (u8::MAX >> (8 - bits))).collect();
+        let region = Region { bits, per: 1, items: 45, at: 3 };
+        let (mut one_by_one, mut at_once) = (vec![0; 3 + 45], vec![0; 3 + 45]);
+        items.iter().enumerate().for_each(|(n, &item)| region.set(&mut one_by_one, 8 + n, item.into()));
+        region.put(&mut at_once, 8, &items);
+        assert_eq!(one_by_one, at_once, "{bits} bits");
+        let mut read = vec![0xff; 37];
+        region.take(&at_once, 8, &mut read);
+        assert_eq!(read, items, "{bits} bits");
+        assert!((0..37).all(|n| region.get(&at_once, 8 + n) == u32::from(items[n])), "{bits} bits");
+    }
+}
