@@ -294,7 +294,7 @@ impl LayerReader<'_> {
             match self.storage(shards, &name)? {
                 Storage::Packed(format) => {
                     let Shape { count, rows, columns, .. } = tensor.shape;
-                    format.check_inputs("a packed tensor", u32::try_from(columns).unwrap_or(u32::MAX))?;
+                    check_blocks(format, shards.path, &name, columns)?;
                     let stacked = if self.is_stacked(tensor) { count } else { 1 };
                     let shape = vec![stacked, rows, format.layout(columns).bytes];
                     check_shape(shards.file_of(&name)?, &name, &[shape])?;
@@ -905,6 +905,17 @@ fn read_plain(
         _ => stored::transpose::<2>(&bytes, rows, columns),
     };
     Ok(PackedMatrix { format, inputs, bytes })
+}
+
+/// Rows of `columns` inputs are whole blocks of a format.
+pub(crate) fn check_blocks(format: WeightFormat, path: &Path, tensor: &str, columns: usize) -> Result<()> {
+    let checked = format.check_inputs("a tensor", u32::try_from(columns).unwrap_or(u32::MAX));
+    checked.map_err(|error| match error {
+        Error::InvalidConfig { found, expected, .. } => {
+            Error::BadTensor { path: path.to_owned(), tensor: tensor.to_owned(), found, expected }
+        }
+        other => other,
+    })
 }
 
 /// A vector has no columns.

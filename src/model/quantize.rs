@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::{Checkpoint, PACKED_KEY};
 use crate::model::family::Family;
 use crate::model::formats::{self, WeightFormat};
-use crate::model::layer_reader::{LayerFile, Tensor};
+use crate::model::layer_reader::{LayerFile, Tensor, check_blocks};
 use crate::model::tensor_file::MAX_JSON_BYTES;
 use crate::model::tensor_header::MAX_TENSORS;
 use rayon::prelude::*;
@@ -218,13 +218,7 @@ fn add_entries(
     for (n, stored) in files.iter().enumerate() {
         let items = n * per_file..(n + 1) * per_file;
         let entry = if *is_expert {
-            let inputs = u32::try_from(*columns).unwrap_or(u32::MAX);
-            to.check_inputs("an expert tensor", inputs).map_err(|error| match error {
-                Error::InvalidConfig { found, expected, .. } => {
-                    Error::BadTensor { path: file.path().to_owned(), tensor: name.clone(), found, expected }
-                }
-                other => other,
-            })?;
+            check_blocks(to, file.path(), name, *columns)?;
             let row_bytes = to.layout(*columns).bytes;
             let bytes = (per_file * rows * row_bytes) as u64;
             let from = Source::Packed { layer, tensor, items };
