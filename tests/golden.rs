@@ -8,8 +8,8 @@ use wgmoe::golden::{self, GoldenCase, compare, compare_losses};
 use wgmoe::model::checkpoint::read_tensor;
 use wgmoe::reference::moe_forward;
 use wgmoe::{
-    Activation, Context, Error, Function, LayerExtras, LayerOptions, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
-    Result, Routing, RoutingDecision, SpecialKind,
+    Activation, Checkpoint, Context, Error, Function, LayerExtras, LayerOptions, MatmulVariant, MoeConfig, MoeLayer,
+    MoeWeights, Result, Routing, RoutingDecision, SpecialKind,
 };
 
 /// Runs one case: its output and routing.
@@ -113,6 +113,52 @@ fn the_gpu_agrees_with_golden_files() {
     for variant in variants(&context) {
         check_context(&context, Some(variant), &cases);
     }
+}
+
+/// Files with packed weights: they stay packed on the device, in every variant, and their sizes there are those of the
+/// format. The expected outputs were computed from the unpacked weights.
+#[test]
+fn packed_files_stay_packed() {
+    let gpu = gpu_context();
+    let mut formats = std::collections::BTreeSet::new();
+    for case in own_cases().iter().chain(&neighbouring_cases()) {
+        let checkpoint = Checkpoint::open(&case.file).expect("it was read before");
+        let storage = checkpoint.metadata("weight_storage").unwrap_or("f32").to_owned();
+        if storage == "f32" {
+            continue;
+        }
+        let engines = gpu.iter().flat_map(|gpu| {
+            std::iter::once(None).chain(variants(gpu).into_iter().map(Some)).map(move |matmul| (gpu.clone(), matmul))
+        });
+        for (context, matmul) in engines.chain([(Context::cpu(), None)]) {
+            let name = format!("{} on {} {matmul:?}", case.file.display(), context.device().name);
+            let mut source = checkpoint.layer(None, case.layer).expect("it was read before");
+            let options = LayerOptions { matmul, ..LayerOptions::default() };
+            let layer = MoeLayer::load(&context, &mut source, &options, |_, _| {})
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(layer.formats().name(), storage, "{name}");
+            let y = layer.forward_batch(&case.batch()).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let routing = layer.routing().expect("there was a pass");
+            let verdict = compare(case, &y, &routing, golden::TOLERANCE);
+            assert!(verdict.reason.is_none(), "{name}: {:?}", verdict.reason);
+            // Routed and shared experts; rows and columns are padded, the router of software drivers is f32.
+            let c = &case.config;
+            let [h, i, e] = [c.hidden_size(), c.intermediate_size(), c.num_experts()].map(f64::from);
+            let shared = c.extras().shared.map_or(0.0, |shared| f64::from(shared.num * shared.intermediate_size));
+            let weights = 3.0 * h * (e * i + shared);
+            let bits = match storage.as_str() {
+                "bf16" => 16.0,
+                "fp8" => 8.25,
+                "mxfp4" => 4.25,
+                other => panic!("{name}: {other} is no storage that this test knows"),
+            };
+            let stored = layer.weight_bytes() as f64 - if context.gpu().is_some() { e * h * 4.0 } else { 0.0 };
+            let expected = weights * bits / 8.0;
+            assert!(stored >= 0.95 * expected && stored <= 1.35 * expected, "{name}: {stored} bytes, of {expected}");
+        }
+        formats.insert(storage);
+    }
+    assert_eq!(formats.into_iter().collect::<Vec<_>>(), ["bf16", "fp8", "mxfp4"]);
 }
 
 /// The families of the collection, and a layer of each layout that it has for them.

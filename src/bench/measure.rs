@@ -215,7 +215,8 @@ impl Bench<'_> {
 
 /// What happened between two looks.
 fn residency_result(before: &ResidencyStats, after: &ResidencyStats) -> ResidencyResult {
-    let passes = (after.passes - before.passes).max(1) as f64;
+    let passes = after.passes - before.passes;
+    let per_pass = |n: u64| n as f64 / passes.max(1) as f64;
     let (hits, misses) = (after.hits - before.hits, after.misses - before.misses);
     ResidencyResult {
         places: after.places,
@@ -224,8 +225,9 @@ fn residency_result(before: &ResidencyStats, after: &ResidencyStats) -> Residenc
         hits,
         misses,
         hit_rate: hits as f64 / (hits + misses).max(1) as f64,
-        uploaded_bytes_per_pass: (after.uploaded_bytes - before.uploaded_bytes) as f64 / passes,
-        rounds_per_pass: (after.rounds - before.rounds) as f64 / passes,
+        passes,
+        uploaded_bytes_per_pass: per_pass(after.uploaded_bytes - before.uploaded_bytes),
+        rounds_per_pass: per_pass(after.rounds - before.rounds),
     }
 }
 

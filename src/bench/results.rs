@@ -139,6 +139,8 @@ pub struct ResidencyResult {
     pub misses: u64,
     /// Hits per needed expert.
     pub hit_rate: f64,
+    /// Passes that these are of: the timed ones, and one before them.
+    pub passes: u64,
     /// Bytes copied to the device, mean.
     pub uploaded_bytes_per_pass: f64,
     /// Rounds of the experts' products, mean.

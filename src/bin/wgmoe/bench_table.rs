@@ -27,10 +27,13 @@ pub fn roofline(roofline: &Roofline) -> String {
 pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
     let mut text = format!("\n{title}\n");
     if !rows.is_empty() {
-        text.push_str(&format!("{}\n\nwhere the time goes\n{}\n", batches(rows), stages(rows)));
+        text.push_str(&format!("{}\n", batches(rows)));
     }
     if rows.iter().any(|row| row.residency.is_some()) {
-        text.push_str(&format!("\nexperts that were brought in, by timed pass\n{}\n", residency(rows)));
+        // What a stage takes depends on who was there before it.
+        text.push_str(&format!("\nexperts that were brought in, by pass\n{}\n", residency(rows)));
+    } else if !rows.is_empty() {
+        text.push_str(&format!("\nwhere the time goes\n{}\n", stages(rows)));
     }
     for failure in failures {
         let tokens = failure.tokens.map(|tokens| format!("{tokens} tokens: ")).unwrap_or_default();
@@ -110,7 +113,7 @@ fn batches(rows: &[Row]) -> Table {
 fn residency(rows: &[Row]) -> Table {
     let mut table = plain_table(&["tokens", "on the device", "needed", "hit rate", "copied MB", "rounds"]);
     for (row, residency) in rows.iter().filter_map(|row| Some((row, row.residency?))) {
-        let needed = (residency.hits + residency.misses) as f64 / row.runs.max(1) as f64;
+        let needed = (residency.hits + residency.misses) as f64 / residency.passes.max(1) as f64;
         table.add_row([
             row.tokens.to_string(),
             format!("{} of {}", residency.places, row.num_experts),
