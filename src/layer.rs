@@ -31,12 +31,24 @@ pub struct LayerOptions {
     pub tile: Option<MatmulChoice>,
     /// Pretend that no binding may be larger than this, in bytes: weights and batches are cut accordingly.
     pub max_binding_bytes: Option<u64>,
-    /// Bytes of GPU memory for the weights of routed experts; `None`: as many as there are. If they do not all fit,
-    /// they stay on the host and are brought in as tokens are routed to them. Each pass then waits for its router's
-    /// choices to be read back; results keep their bits. There is nothing to bring in for the CPU engine.
-    pub gpu_memory: Option<u64>,
+    /// GPU memory for the weights of routed experts. There is nothing to bring in for the CPU engine.
+    pub gpu_memory: GpuMemory,
     /// Experts that stay on the GPU, if not all do. One place has to be left for others.
     pub pinned_experts: Vec<u32>,
+}
+
+/// What routed experts may take of a GPU's memory. If they do not all fit, they stay on the host and are brought in as
+/// tokens are routed to them. Each pass then waits for its router's choices to be read back, and cannot be recorded
+/// into the caller's encoder; results keep their bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GpuMemory {
+    /// They have to fit; if not, loading the layer is [`Error::OutOfMemory`].
+    #[default]
+    All,
+    /// As many as the device has memory for, found by allocating it, less an eighth for everything else.
+    Available,
+    /// As many as fit this many bytes.
+    Bytes(u64),
 }
 
 /// One MoE layer, resident on a device.
@@ -150,7 +162,12 @@ impl MoeLayer {
                 let experts = config.num_experts();
                 let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
                 let total = plan.matrices().iter().map(|matrix| matrix.bytes()).sum();
-                let plan = match options.gpu_memory {
+                let most = match options.gpu_memory {
+                    GpuMemory::All => None,
+                    GpuMemory::Available => gpu.room_for_experts(&plan).await?,
+                    GpuMemory::Bytes(bytes) => Some(bytes),
+                };
+                let plan = match most {
                     Some(bytes) => plan.with_gpu_memory(bytes)?,
                     None => plan,
                 };

@@ -91,7 +91,7 @@ pub use context::Context;
 pub use error::{Error, Result};
 pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, ResidencyStats, StageTime, adapters};
 pub use kernels::matmul::{MatmulChoice, MatmulVariant};
-pub use layer::{LayerOptions, MoeLayer};
+pub use layer::{GpuMemory, LayerOptions, MoeLayer};
 pub use model::activation::{Activation, Form, Function};
 pub use model::batch::{Batch, Front};
 pub use model::checkpoint::{Checkpoint, LayerSource, LoadedLayer};

@@ -73,7 +73,13 @@ fn errors_are_those_of_the_document() {
             100.0 * rms_error(y.into_iter(), whole.iter().copied()),
         ];
         let [bits, of_weights, of_output] = errors;
-        let digits = if of_weights < 0.1 { 4 } else if of_weights < 1.0 { 2 } else { 1 };
+        let digits = if of_weights < 0.1 {
+            4
+        } else if of_weights < 1.0 {
+            2
+        } else {
+            1
+        };
         println!("| `{format}` | {bits:.2} | {of_weights:.digits$} | {of_output:.digits$} |");
         match documented.get(&format.name()) {
             // As many digits as the table has, and some room for another processor's last bits.

@@ -5,8 +5,8 @@ mod support;
 use support::{Values, assert_same_bits, config, gpu_context, variants};
 use wgmoe::plan::LayerPlan;
 use wgmoe::{
-    Batch, Context, DeviceChoice, Error, LayerOptions, MoeConfig, MoeLayer, MoeWeights, ResidencyStats, Routing,
-    WeightFormat,
+    Batch, Context, DeviceChoice, Error, GpuMemory, LayerOptions, MoeConfig, MoeLayer, MoeWeights, ResidencyStats,
+    Routing, WeightFormat,
 };
 
 /// `[hidden_size, intermediate_size, num_experts, top_k]`
@@ -38,8 +38,11 @@ fn bits_are_those_of_a_layer_that_has_all_experts() {
         let whole = layer(&context, &config, &weights, &whole);
         assert_eq!(whole.residency(), None);
         for places in [1, 2, 4, 8, 15] {
-            let options =
-                LayerOptions { weights: format, gpu_memory: Some(places * bytes + 1), ..LayerOptions::default() };
+            let options = LayerOptions {
+                weights: format,
+                gpu_memory: GpuMemory::Bytes(places * bytes + 1),
+                ..LayerOptions::default()
+            };
             let cached = layer(&context, &config, &weights, &options);
             for tokens in [1, 2, 5, 40] {
                 let x = values.floats(tokens * 64);
@@ -82,7 +85,7 @@ fn bits_stay_in_every_variant_and_with_small_bindings() {
         for max_binding_bytes in [None, Some(8 * 1024)] {
             let whole = LayerOptions { matmul: Some(variant), max_binding_bytes, ..LayerOptions::default() };
             let bytes = expert_bytes(&config, WeightFormat::F32);
-            let cached = LayerOptions { gpu_memory: Some(5 * bytes), ..whole.clone() };
+            let cached = LayerOptions { gpu_memory: GpuMemory::Bytes(5 * bytes), ..whole.clone() };
             let [whole, cached] = [whole, cached].map(|options| layer(&context, &config, &weights, &options));
             let y = cached.forward(&x).expect("the pass runs");
             assert_same_bits(&format!("{variant:?}"), &y, &whole.forward(&x).expect("the pass runs"));
@@ -97,7 +100,8 @@ fn pinned_experts_stay_and_the_least_recently_used_goes() {
     let config = MoeConfig::new(16, 8, 6, 1, Routing::softmax(true), wgmoe::Activation::SWIGLU).expect("sound");
     let weights = values.weights(&config);
     let bytes = expert_bytes(&config, WeightFormat::F32);
-    let options = LayerOptions { gpu_memory: Some(3 * bytes), pinned_experts: vec![5], ..LayerOptions::default() };
+    let options =
+        LayerOptions { gpu_memory: GpuMemory::Bytes(3 * bytes), pinned_experts: vec![5], ..LayerOptions::default() };
     let layer = layer(&context, &config, &weights, &options);
     assert_eq!((stats(&layer).places, stats(&layer).pinned), (3, 1));
     let x = values.floats(16);
@@ -123,7 +127,11 @@ fn what_cannot_be_is_refused() {
     let weights = values.weights(&config);
     let bytes = expert_bytes(&config, WeightFormat::F32);
     let make = |gpu_memory: u64, pinned: Vec<u32>| {
-        let options = LayerOptions { gpu_memory: Some(gpu_memory), pinned_experts: pinned, ..LayerOptions::default() };
+        let options = LayerOptions {
+            gpu_memory: GpuMemory::Bytes(gpu_memory),
+            pinned_experts: pinned,
+            ..LayerOptions::default()
+        };
         MoeLayer::with_options(&context, config.clone(), &weights, &options)
     };
     let error = make(bytes - 1, vec![]).err().expect("there is no room for one expert");
@@ -145,8 +153,12 @@ fn what_cannot_be_is_refused() {
         gpu.device().create_buffer(&desc)
     };
     assert!(matches!(layer.record(&mut encoder, &buffer(), &buffer(), 1), Err(Error::Unsupported { .. })));
+    // This device has room for all of them.
+    let options = LayerOptions { gpu_memory: GpuMemory::Available, pinned_experts: vec![1], ..LayerOptions::default() };
+    let all = MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("sound");
+    assert_eq!(all.residency(), None);
     // A budget is nothing to the CPU engine: its experts are where the host's are.
-    let options = LayerOptions { gpu_memory: Some(1), ..LayerOptions::default() };
+    let options = LayerOptions { gpu_memory: GpuMemory::Bytes(1), ..LayerOptions::default() };
     let cpu = Context::new(&DeviceChoice::Cpu).expect("there is always a CPU");
     let cpu = MoeLayer::with_options(&cpu, config.clone(), &weights, &options).expect("sound");
     assert_eq!(cpu.residency(), None);

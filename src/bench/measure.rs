@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::model::config::MoeConfig;
 use crate::model::formats::WeightFormat;
 use crate::model::routing::RoutingDecision;
-use crate::{Context, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, dense_matmul_time};
+use crate::{Context, GpuMemory, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, dense_matmul_time};
 use std::time::{Duration, Instant};
 
 /// Batches from this size on are compared with a dense matmul: below, a dense matmul is a matrix-vector product.
@@ -34,8 +34,8 @@ pub struct Bench<'a> {
     pub weights: WeightFormat,
     /// The grouped matmul; `None` leaves it to the plan.
     pub matmul: Option<MatmulVariant>,
-    /// Bytes of GPU memory for routed experts; `None`: no limit.
-    pub gpu_memory: Option<u64>,
+    /// GPU memory for routed experts.
+    pub gpu_memory: GpuMemory,
     /// Experts that stay there.
     pub pinned_experts: Vec<u32>,
     /// Timed runs; `None`: as many as fit `slice`.
@@ -298,7 +298,7 @@ mod tests {
             roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
-            gpu_memory: None,
+            gpu_memory: GpuMemory::All,
             pinned_experts: Vec::new(),
             runs: Some(3),
             slice: Duration::from_millis(10),

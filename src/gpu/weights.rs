@@ -108,6 +108,36 @@ impl HostExperts {
     }
 }
 
+impl Gpu {
+    /// Bytes of routed experts that this device has memory for, less an eighth for what a pass needs beside them;
+    /// `None`: for all of them. wgpu does not say how much memory there is, so their pages are allocated and given back.
+    pub(crate) async fn room_for_experts(&self, plan: &LayerPlan) -> Result<Option<u64>> {
+        let routed = plan.matrices().iter().filter(|matrix| ROUTED.contains(&matrix.name));
+        let sizes: Vec<u64> = routed.flat_map(|matrix| matrix.pages.iter().map(|page| page.bytes)).collect();
+        let mut buffers = Vec::new();
+        let room = allocate_each(&sizes, async |bytes| {
+            buffers.push(self.buffer("experts, to see whether they fit", bytes, USAGE).await?);
+            Ok(())
+        })
+        .await;
+        buffers.iter().for_each(wgpu::Buffer::destroy);
+        room
+    }
+}
+
+/// The bytes that could be allocated before memory ran out, less an eighth; `None`: it did not.
+async fn allocate_each(sizes: &[u64], mut allocate: impl AsyncFnMut(u64) -> Result<()>) -> Result<Option<u64>> {
+    let mut done = 0;
+    for &bytes in sizes {
+        match allocate(bytes).await {
+            Ok(()) => done += bytes,
+            Err(Error::OutOfMemory { .. }) => return Ok(Some(done - done / 8)),
+            Err(other) => return Err(other),
+        }
+    }
+    Ok(None)
+}
+
 /// Buffers for the pages of a matrix. Their content is zero.
 pub(super) async fn empty_pages(gpu: &Gpu, matrix: &Matrix) -> Result<Vec<wgpu::Buffer>> {
     let mut buffers = Vec::new();
@@ -382,4 +412,24 @@ pub(super) fn gate_up_bias(c: &MoeConfig, gate: Option<&[f32]>, up: &[f32]) -> V
         }
     }
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_what_could_be_allocated() {
+        let room = |memory: u64| {
+            let mut left = memory;
+            pollster::block_on(allocate_each(&[80, 80, 40], async |bytes| {
+                left = left.checked_sub(bytes).ok_or_else(|| Error::OutOfMemory { during: "a test".to_owned() })?;
+                Ok(())
+            }))
+            .expect("running out of memory is an answer")
+        };
+        assert_eq!([0, 79, 80, 199, 200].map(room), [Some(0), Some(0), Some(70), Some(140), None]);
+        let lost = |_| async { Err(Error::DeviceLost { message: String::new() }) };
+        assert!(matches!(pollster::block_on(allocate_each(&[1], lost)), Err(Error::DeviceLost { .. })));
+    }
 }

@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 use output::Output;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use wgmoe::{Context, DeviceChoice, LayerOptions, MatmulVariant, WeightFormat};
+use wgmoe::{Context, DeviceChoice, GpuMemory, LayerOptions, MatmulVariant, WeightFormat};
 
 /// Environment variable that chooses a device where `--device` does not.
 const DEVICE_VARIABLE: &str = "WGMOE_ADAPTER";
@@ -187,12 +187,12 @@ struct Matmul(Option<MatmulVariant>);
 /// Options for layers that are larger than the device.
 #[derive(clap::Args, Clone, Debug)]
 struct Memory {
-    /// GPU memory for the weights of routed experts, such as 4GiB or 512MiB. What does not fit stays on the host and is
-    /// brought in as tokens are routed to it; each pass then waits for its router [default: no limit]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
-    gpu_memory: Option<u64>,
+    /// GPU memory for the weights of routed experts, such as 4GiB or 512MiB; auto: what the device has. What does not fit
+    /// stays on the host and is brought in as tokens are routed to it; each pass then waits for its router
+    #[arg(long, value_name = "SIZE|auto", default_value = "auto", value_parser = gpu_memory)]
+    gpu_memory: GpuMemory,
     /// Experts that stay on the GPU whoever else comes and goes
-    #[arg(long, value_name = "A,B,C", value_delimiter = ',', requires = "gpu_memory")]
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     pin_experts: Vec<u32>,
 }
 
@@ -206,7 +206,12 @@ impl Memory {
     }
 }
 
-/// clap value parser for sizes in bytes: `1500`, `64KiB`, `512MiB`, `4GiB`, or with `KB`, `MB`, `GB`.
+/// clap value parser for `--gpu-memory`.
+fn gpu_memory(text: &str) -> Result<GpuMemory, String> {
+    if text == "auto" { Ok(GpuMemory::Available) } else { size(text).map(GpuMemory::Bytes) }
+}
+
+/// Sizes in bytes: `1500`, `64KiB`, `512MiB`, `4GiB`, or with `KB`, `MB`, `GB`.
 fn size(text: &str) -> Result<u64, String> {
     let unit_at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(unit_at);
@@ -251,6 +256,7 @@ mod tests {
     #[test]
     fn sizes_have_units() {
         let sizes = ["1500", "64KiB", "1.5 GiB", "2gb", "7M"].map(size);
+        assert_eq!((gpu_memory("auto"), gpu_memory("1k")), (Ok(GpuMemory::Available), Ok(GpuMemory::Bytes(1024))));
         assert_eq!(sizes, [1500, 65536, 1610612736, 2_000_000_000, 7 << 20].map(Ok));
         for wrong in ["", "GiB", "-1GiB", "4TiBs", "0", "1e400", "nan", "4 G i B"] {
             assert!(size(wrong).is_err_and(|error| error.contains("4GiB")), "{wrong}");
