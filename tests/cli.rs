@@ -50,7 +50,7 @@ fn json(output: &Output) -> Value {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in ["info", "bench", "check", "families", "run", "shader"] {
+    for command in ["info", "bench", "check", "families", "quantize", "run", "shader"] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);
@@ -88,6 +88,11 @@ fn unusable_arguments_are_exit_code_2_and_name_the_argument() {
         (&["run", "Cargo.toml", "--input", "Cargo.toml", "--output", "y", "--family", "no.toml"], "no.toml"),
         (&["check", "Cargo.toml", "--family", "no-such-family"], "no-such-family"),
         (&["families", "--show", "no-such-family"], "no-such-family"),
+        (&["quantize", "no-such-file", "--to", "int4", "--output", "y"], "no-such-file"),
+        (&["quantize", "Cargo.toml", "--to", "int3", "--output", "y"], "int4:g16"),
+        (&["quantize", "Cargo.toml", "--to", "int4:g48", "--output", "y"], "16, 32, 64 or 128"),
+        (&["quantize", "Cargo.toml", "--to", "int4", "--output", "no-such-folder/y"], "no-such-folder"),
+        (&["run", "Cargo.toml", "--input", "Cargo.toml", "--output", "y", "--gpu-memory", "lots"], "4GiB"),
         (&["shader", "no-such-kernel"], "combine"),
         (&["shader", "combine", "--to", "glsl"], "hlsl"),
     ];
@@ -293,6 +298,49 @@ fn run_refuses_what_it_cannot_use_and_writes_nothing() {
         assert!(stderr(&output).contains(named), "{input} should name {named}: {}", stderr(&output));
         assert!(!written.exists());
     }
+}
+
+#[test]
+fn quantize_says_what_it_did_and_run_reads_it() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let case = golden("gpt_oss__t7_h64_i96_e8k4_mxfp4_hub.safetensors");
+    let small = folder.path().join("small.safetensors");
+    let args = ["quantize", text(&case), "--to", "int4:g32", "--output", text(&small)];
+    let output = wgmoe(&args);
+    assert_code(&output, 0);
+    let words = stdout(&output);
+    for word in ["experts.gate_up_proj", "mxfp4", "int4", "rms error", "1 layer(s)"] {
+        assert!(words.contains(word), "{word} is missing:\n{words}");
+    }
+    let report = json(&wgmoe(&[&args[..], &["--json", "-"]].concat()));
+    assert_eq!((&report["to"], &report["layers"]), (&"int4".into(), &vec![0].into()));
+    for tensor in report["tensors"].as_array().expect("tensors") {
+        let error = tensor["rms_error"].as_f64().expect("a number");
+        assert!(error > 0.001 && error < 0.2, "{tensor}");
+    }
+
+    let (input, written) = (format!("{}:io.hidden_states", text(&case)), folder.path().join("y.safetensors"));
+    let run = ["run", text(&small), "--input", &input, "--output", text(&written), "--json", "-"];
+    let output = wgmoe(&run);
+    assert_code(&output, 0);
+    assert_eq!(json(&output)["weights"], "int4");
+    let (y, _) = read_tensor(&written, None).expect("one tensor");
+    let (expected, _) = read_tensor(&case, Some("io.output")).expect("in the file");
+    let rms = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>().sqrt();
+    let error = rms(&mut y.iter().zip(&expected).map(|(y, e)| y - e)) / rms(&mut expected.iter().copied());
+    assert!(error > 0.001 && error < 0.3, "four bits give about the output: {error}");
+
+    // Over itself, to a format that its rows do not fit, and a layer that is not there.
+    let original = std::fs::read(&small).expect("it is there");
+    let over = wgmoe(&["quantize", text(&small), "--to", "f32", "--output", text(&small)]);
+    assert_code(&over, 2);
+    assert!(std::fs::read(&small).expect("it is there") == original);
+    let other = folder.path().join("other.safetensors");
+    let blocks = wgmoe(&["quantize", text(&case), "--to", "q4_k", "--output", text(&other)]);
+    assert_code(&blocks, 1);
+    assert!(stderr(&blocks).contains("a multiple of 256"), "{}", stderr(&blocks));
+    assert_code(&wgmoe(&["quantize", text(&case), "--to", "f16", "--output", text(&other), "--layer", "7"]), 1);
+    assert!(!other.exists());
 }
 
 #[test]
