@@ -33,7 +33,8 @@ const MIN_TENSOR_BYTES: u64 = 8 + 1 + 4 + 4 + 8;
 
 /// A header that has been checked.
 pub(crate) struct GgufHeader {
-    /// By key. What was passed over is a text that says so: whoever needs it gets an error with these words.
+    /// By key. What was passed over is a text that says so: whoever needs it gets an error with these words. Of a list,
+    /// `KEY.length` is how many entries it has.
     pub metadata: BTreeMap<String, Value>,
     /// Every tensor by name. Axes are in the usual order, the longest stride first: the reverse of the file's.
     pub tensors: BTreeMap<String, TensorInfo>,
@@ -72,12 +73,17 @@ impl GgufHeader {
         reader.check_count("tensors", num_tensors, MAX_TENSORS as u64, MIN_TENSOR_BYTES)?;
         reader.check_count("metadata keys", num_keys, MAX_KEYS, MIN_KEY_BYTES)?;
         let mut metadata = BTreeMap::new();
+        let mut lengths = Vec::new();
         for _ in 0..num_keys {
-            let (key, value) = reader.entry()?;
+            let (key, value, length) = reader.entry()?;
+            lengths.extend(length.map(|length| (format!("{key}.length"), length)));
             if metadata.contains_key(&key) {
                 return Err(format!("metadata key {key:?} appears twice").into());
             }
             metadata.insert(key, value);
+        }
+        for (key, length) in lengths {
+            metadata.entry(key).or_insert(length.into());
         }
         let alignment = alignment(&metadata)?;
         let mut raw = BTreeMap::new();
@@ -234,13 +240,18 @@ impl<R: BufRead> Reader<R> {
         }
     }
 
-    fn entry(&mut self) -> Result<(String, Value)> {
+    /// Key, value, and how many entries that has if it is a list.
+    fn entry(&mut self) -> Result<(String, Value, Option<u64>)> {
         let key = self.name("a metadata key")?;
         check_text("a metadata key", &key)?;
         let what = format!("metadata key {key:?}");
-        let kind = self.kind(&what)?;
-        let value = if kind == Kind::List { self.list(&what)? } else { self.value(kind, &what)? };
-        Ok((key, value))
+        Ok(match self.kind(&what)? {
+            Kind::List => {
+                let (value, length) = self.list(&what)?;
+                (key, value, Some(length))
+            }
+            kind => (key, self.value(kind, &what)?, None),
+        })
     }
 
     fn kind(&mut self, what: &str) -> Result<Kind> {
@@ -279,16 +290,17 @@ impl<R: BufRead> Reader<R> {
         })
     }
 
-    /// A short list of numbers or truth values, or a text that says what was passed over.
-    fn list(&mut self, what: &str) -> Result<Value> {
+    /// A short list of numbers or truth values, or a text that says what was passed over; and the number of entries.
+    fn list(&mut self, what: &str) -> Result<(Value, u64)> {
         let (kind, count) = self.list_start(what)?;
         let is_short = count <= MAX_KEPT_ENTRIES && count <= MAX_ALL_ENTRIES - self.kept;
         if is_short && !matches!(kind, Kind::Text | Kind::List) {
             self.kept += count;
-            return (0..count).map(|_| self.value(kind, what)).collect::<Result<_>>().map(Value::Array);
+            let values = (0..count).map(|_| self.value(kind, what)).collect::<Result<_>>()?;
+            return Ok((Value::Array(values), count));
         }
         self.pass_over(kind, count, what, 1)?;
-        Ok(format!("a list of {count} entries, which is not kept").into())
+        Ok((format!("a list of {count} entries, which is not kept").into(), count))
     }
 
     fn list_start(&mut self, what: &str) -> Result<(Kind, u64)> {
