@@ -1,12 +1,13 @@
-//! Finds one MoE layer in a checkpoint and reads it: a single `.safetensors` file, or a folder of shards with an
-//! index. Headers are read when they are needed, so a checkpoint of which only some shards are on disk is fine as long
-//! as the layer's are.
+//! Finds one MoE layer in a checkpoint and reads it: a single `.safetensors` file, a folder of shards with an index, or
+//! a GGUF file, possibly split. Headers of shards are read when they are needed, so a checkpoint of which only some
+//! shards are on disk is fine as long as the layer's are. GGUF has no index: all parts have to be there.
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::family::Family;
-use crate::model::family::layout::Layout;
+use crate::model::family::layout::{self, Layout};
 use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::gguf_parts::{self, GgufParts};
 use crate::model::layer_reader::{self, FileSource, LayerFile, LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
 use crate::model::routing::Routing;
@@ -34,6 +35,8 @@ pub struct Checkpoint {
     file_of_tensor: BTreeMap<String, usize>,
     metadata: BTreeMap<String, String>,
     config: Option<ModelConfig>,
+    /// Metadata, if it is a GGUF file. Then there is no configuration.
+    gguf: Option<ModelConfig>,
     /// Tensors of packed rows, which this program wrote.
     packed: BTreeMap<String, WeightFormat>,
 }
@@ -47,7 +50,8 @@ pub struct LoadedLayer {
     pub weights: MoeWeights,
     /// The family's name.
     pub family: String,
-    /// What the configuration calls the model, which a family may know under several names.
+    /// What the configuration calls the model, which a family may know under several names: `model_type`, or the
+    /// architecture of a GGUF file.
     pub model_type: Option<String>,
     /// The layout that was found, as the family calls it.
     pub layout: String,
@@ -146,7 +150,8 @@ impl<'c> LayerSource<'c> {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, an index (`*.json`), or a folder that holds either.
+    /// Opens a `.safetensors` file, an index (`*.json`), a GGUF file or any part of a split one, or a folder that holds
+    /// one of these.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::BadFile`] for anything that is not a sound checkpoint.
@@ -158,6 +163,10 @@ impl Checkpoint {
         } else {
             let file = TensorFile::open(&content)?;
             let file_of_tensor = file.tensors.into_keys().map(|name| (name, 0)).collect();
+            if let Some(metadata) = file.gguf {
+                let parts = GgufParts::open(&content, &metadata, file_of_tensor)?;
+                return Ok(Self::from_gguf(path, parts));
+            }
             let metadata = file.metadata;
             Self {
                 path: path.to_owned(),
@@ -165,6 +174,7 @@ impl Checkpoint {
                 file_of_tensor,
                 metadata,
                 config: None,
+                gguf: None,
                 packed: BTreeMap::new(),
             }
         };
@@ -179,6 +189,19 @@ impl Checkpoint {
             None => read_config(&folder.join("config.json"))?,
         };
         Ok(checkpoint)
+    }
+
+    fn from_gguf(path: &Path, parts: GgufParts) -> Self {
+        let GgufParts { files, file_of_tensor, metadata } = parts;
+        Self {
+            path: path.to_owned(),
+            files,
+            file_of_tensor,
+            metadata: BTreeMap::new(),
+            config: None,
+            gguf: Some(metadata),
+            packed: BTreeMap::new(),
+        }
     }
 
     fn from_index(path: &Path, folder: &Path) -> Result<Self> {
@@ -209,6 +232,7 @@ impl Checkpoint {
             file_of_tensor,
             metadata: BTreeMap::new(),
             config: None,
+            gguf: None,
             packed: BTreeMap::new(),
         })
     }
@@ -218,7 +242,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// A value of the file's `__metadata__`. An index has none.
+    /// A value of the file's `__metadata__`. An index has none, nor has a GGUF file, whose metadata are another matter.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.metadata.get(key).map(String::as_str)
     }
@@ -232,7 +256,8 @@ impl Checkpoint {
     ///
     /// Sizes come from the metadata key `config` or from `config.json` beside the file. If the metadata names a
     /// `prefix`, the file holds one block and `layer` must be its `layer_idx`. If it names a `layout`, only that one
-    /// is looked for, otherwise each of the family's.
+    /// is looked for, otherwise each of the family's. A GGUF file has its sizes in itself, in what the family's
+    /// description calls `[gguf]`, and is only read by the layouts for such files.
     ///
     /// # Errors
     /// - [`Error::Unsupported`]: the family, its activation or a tensor's type is not known, or the block holds tensors
@@ -250,13 +275,18 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Checkpoint::load_layer`], but for what is wrong with experts.
     pub fn layer<'c>(&'c self, family: Option<&'c Family>, layer: u32) -> Result<LayerSource<'c>> {
-        let model_config = self.config.as_ref().ok_or_else(|| Error::BadFile {
-            path: self.path.clone(),
-            message: "no configuration: neither config.json beside it nor a metadata key \"config\"".to_owned(),
-        })?;
-        let family = match family {
-            Some(family) => family,
-            None => model_config.family()?,
+        let (family, model_config) = match &self.gguf {
+            Some(metadata) => {
+                let family = family.map_or_else(|| Family::of_gguf(metadata), Ok)?;
+                (family, &family.gguf_config(metadata, layer)?)
+            }
+            None => {
+                let model_config = self.config.as_ref().ok_or_else(|| Error::BadFile {
+                    path: self.path.clone(),
+                    message: "no configuration: neither config.json beside it nor a metadata key \"config\"".to_owned(),
+                })?;
+                (family.map_or_else(|| model_config.family(), Ok)?, model_config)
+            }
         };
         let config = family.moe_config(model_config, layer)?;
         let (layout_name, layout, prefix) = self.find_layout(family, layer)?;
@@ -272,7 +302,10 @@ impl Checkpoint {
             config,
             weights,
             family: family.name(),
-            model_type: model_config.model_type(),
+            model_type: match &self.gguf {
+                Some(metadata) => metadata.architecture(),
+                None => self.config.as_ref().and_then(ModelConfig::model_type),
+            },
             layout: layout_name,
             file,
             converted: None,
@@ -285,6 +318,7 @@ impl Checkpoint {
             files: &self.files,
             file_of_tensor: &self.file_of_tensor,
             open: BTreeMap::new(),
+            is_gguf: self.gguf.is_some(),
             packed: &self.packed,
             quantization: config.quantization(),
         }
@@ -303,14 +337,20 @@ impl Checkpoint {
             check_name(prefix).map_err(|message| bad(format!("metadata prefix: {message}")))?;
         }
         let wanted = self.metadata("layout");
+        let fits =
+            |name: &str| layout::is_of_gguf(name) == self.gguf.is_some() && wanted.is_none_or(|wanted| wanted == name);
         let mut tried = Vec::new();
-        for (name, layout) in family.layouts()?.iter().filter(|(name, _)| wanted.is_none_or(|w| w == name.as_str())) {
+        for (name, layout) in family.layouts()?.iter().filter(|(name, _)| fits(name)) {
             let of_family = || layout.prefixes.iter().map(|prefix| prefix.replace("{layer}", &layer.to_string()));
             let prefixes = self.metadata("prefix").map_or_else(|| of_family().collect(), |p| vec![p.to_owned()]);
             for prefix in prefixes {
                 let there = |name: &str| {
                     let tensor = format!("{prefix}{}", name.replace("{expert}", "0"));
-                    layer_reader::is_stored(|tensor| self.file_of_tensor.contains_key(tensor), &tensor)
+                    layer_reader::is_stored(
+                        self.gguf.is_some(),
+                        |tensor| self.file_of_tensor.contains_key(tensor),
+                        &tensor,
+                    )
                 };
                 let mut landmarks = layout.landmarks();
                 let missing = landmarks.find(|tensor| !tensor.names.iter().any(|name| there(name)));
@@ -324,7 +364,11 @@ impl Checkpoint {
         let Some(first) = tried.first() else {
             let known = family.layout_names();
             return Err(Error::Unsupported {
-                what: format!("layout {:?} of {}", wanted.unwrap_or_default(), self.path.display()),
+                what: format!(
+                    "the layout{} of {}",
+                    wanted.map_or(String::new(), |w| format!(" {w:?}")),
+                    self.path.display()
+                ),
                 by: format!("by family {:?}", family.name()),
                 hint: format!("{} describes {}", family.path().display(), known.join(", ")),
             });
@@ -350,7 +394,7 @@ fn scaled(config: &MoeConfig, factor: f32) -> Result<MoeConfig> {
         .with_extras(config.extras().clone())
 }
 
-/// The file to start from in a folder: the index, else the only tensor file.
+/// The file to start from in a folder: the index, else the only tensor file, else the only GGUF model.
 fn main_file(folder: &Path) -> Result<PathBuf> {
     for name in [INDEX_NAME, "model.safetensors"] {
         let path = folder.join(name);
@@ -359,22 +403,25 @@ fn main_file(folder: &Path) -> Result<PathBuf> {
         }
     }
     let io = |source| Error::Io { path: folder.to_owned(), source };
-    let mut tensor_files = Vec::new();
+    let bad = |message| Err(Error::BadFile { path: folder.to_owned(), message });
+    let [mut tensor_files, mut gguf_files] = [Vec::new(), Vec::new()];
     for entry in std::fs::read_dir(folder).map_err(io)? {
         let path = entry.map_err(io)?.path();
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             tensor_files.push(path);
+        } else if gguf_parts::is_gguf(&path) {
+            gguf_files.push(path);
         }
     }
-    match tensor_files.as_slice() {
-        [only] => Ok(only.clone()),
-        several => Err(Error::BadFile {
-            path: folder.to_owned(),
-            message: format!(
-                "{} .safetensors files and neither {INDEX_NAME} nor model.safetensors; name the file",
-                several.len()
-            ),
-        }),
+    gguf_files.sort();
+    match (tensor_files.as_slice(), gguf_parts::main_part(&gguf_files)) {
+        ([only], _) => Ok(only.clone()),
+        ([], Ok(Some(main))) => Ok(main.clone()),
+        ([], Err(several)) => bad(format!("{several} .gguf files, which are not the parts of one; name the file")),
+        (several, _) => bad(format!(
+            "{} .safetensors files and neither {INDEX_NAME} nor model.safetensors; name the file",
+            several.len()
+        )),
     }
 }
 

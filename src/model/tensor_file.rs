@@ -74,6 +74,11 @@ impl TensorFile {
         Ok(Self { path: path.to_owned(), file, metadata, gguf: None, tensors })
     }
 
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The entry of `name`, or an error that lists names that are there.
     pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
