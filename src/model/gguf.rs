@@ -434,6 +434,10 @@ fn check_layout(
         let end = if end == u64::MAX { "more than any file has".to_owned() } else { format!("byte {end}") };
         format!("{what} ends at {end}, the file has {file_len} bytes; it is cut off, copy it again")
     };
+    if let Some((name, tensor)) = raw.iter().find(|(_, tensor)| !tensor.offset.is_multiple_of(alignment)) {
+        let offset = tensor.offset;
+        return Err(format!("tensor {name:?} lies at {offset} of the data, which is no multiple of {alignment}"));
+    }
     let mut by_offset: Vec<(String, RawTensor)> = raw.into_iter().collect();
     by_offset.sort_by_key(|(_, tensor)| tensor.offset);
     let mut tensors = BTreeMap::new();
@@ -444,9 +448,6 @@ fn check_layout(
         let offset = tensor.offset;
         let size = tensor.size(&name)?;
         let entry = format!("tensor {name:?} ({} {:?})", tensor.type_name(), tensor.shape);
-        if !offset.is_multiple_of(alignment) {
-            return Err(format!("{entry} lies at {offset} of the data, which is no multiple of {alignment}"));
-        }
         let start = data_start.saturating_add(offset);
         if start >= file_len {
             return Err(cut_off(&entry, start.saturating_add(size.unwrap_or(1))));

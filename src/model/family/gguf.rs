@@ -67,3 +67,50 @@ fn collect_keys(value: &toml::Value, keys: &mut BTreeSet<String>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::family::Family;
+    use std::path::Path;
+
+    /// Families that share an architecture are told apart, whatever the metadata are.
+    #[test]
+    fn no_file_is_of_two_families() {
+        let choices: [(&str, &[Value]); 5] = [
+            ("expert_gating_func", &[Value::Null, 0.into(), 1.into(), 2.into(), 9.into()]),
+            ("expert_weights_norm", &[Value::Null, false.into(), true.into()]),
+            ("expert_group_count", &[Value::Null, 0.into(), 1.into(), 2.into()]),
+            ("vocab_size", &[Value::Null, 154_880.into(), 129_280.into()]),
+            ("expert_shared_feed_forward_length", &[Value::Null, 0.into(), 4.into()]),
+        ];
+        let mut shared = BTreeSet::new();
+        for architecture in Family::builtin().iter().flat_map(Family::gguf_architectures) {
+            let lists_it = |family: &&Family| family.gguf_architectures().contains(architecture);
+            let families: Vec<&Family> = Family::builtin().iter().filter(lists_it).collect();
+            if families.len() > 1 {
+                shared.insert(architecture.as_str());
+            }
+            let mut found = BTreeSet::new();
+            for n in 0..choices.iter().map(|(_, values)| values.len()).product() {
+                let mut n: usize = n;
+                let mut metadata = BTreeMap::from([("general.architecture".to_owned(), architecture.as_str().into())]);
+                metadata.insert(format!("{architecture}.expert_count"), 4.into());
+                for (key, values) in choices {
+                    metadata.insert(format!("{architecture}.{key}"), values[n % values.len()].clone());
+                    n /= values.len();
+                }
+                let metadata = ModelConfig::of_gguf(Path::new("model.gguf"), metadata);
+                let detects = |family: &&&Family| {
+                    let gguf = family.rules().expect("described").gguf.as_ref().expect("it lists the architecture");
+                    gguf.detects(&metadata, family.name())
+                };
+                let names: Vec<&str> = families.iter().filter(detects).map(|family| family.name()).collect();
+                assert!(names.len() < 2, "{names:?} with {metadata:?}");
+                found.extend(names);
+            }
+            assert_eq!(found.len(), families.len(), "some files of {architecture} are of each of its families");
+        }
+        assert_eq!(shared, BTreeSet::from(["deepseek2", "granitemoe"]));
+    }
+}

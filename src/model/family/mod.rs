@@ -91,11 +91,12 @@ impl Family {
             let hint = "describe it in a TOML file with a section [gguf] and pass that, see docs/families.md";
             (format!("by the built-in families that read GGUF files ({})", with_gguf.join(", ")), hint.to_owned())
         } else {
-            let [near, path] = [near.join(", "), metadata.path.display().to_string()];
+            let near = near.join(", ");
             let hint = format!("is it a model without experts? `when` in {near} says what its metadata have to be");
-            (format!("with the metadata of {path}, by {near}"), hint)
+            (format!("with its metadata by {near}"), hint)
         };
-        Err(Error::Unsupported { what: format!("architecture {architecture:?}"), by, hint })
+        let what = format!("architecture {architecture:?} of {}", metadata.path.display());
+        Err(Error::Unsupported { what, by, hint })
     }
 
     /// Reads a description of at most 1 MiB.
