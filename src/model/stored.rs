@@ -42,11 +42,34 @@ impl PackedMatrix {
                 // The most common format, and all of a large file: no need to decode it.
                 rows.chunks_exact(2).find(|b| b[1] & 0x7f == 0x7f && b[0] & 0x80 != 0)?;
             }
+            if self.scales_are_finite(rows) {
+                return None;
+            }
             let values = formats::decode(self.format, self.inputs, rows);
             let at = values.iter().position(|v| !v.is_finite())?;
             Some((n * ROWS_AT_A_TIME * self.inputs + at, values[at]))
         };
         rows.filter_map(find).min_by_key(|(at, _)| *at)
+    }
+}
+
+impl PackedMatrix {
+    /// What the integers of each block are multiplied with is small enough for any integer: no need to decode them, which
+    /// takes most of the time that reading a file does. `false`: not known.
+    fn scales_are_finite(&self, rows: &[u8]) -> bool {
+        let layout = self.format.layout(self.inputs);
+        let half = |bits: u32| bits & 0x7c00 != 0x7c00;
+        let (regions, is_finite): (&[usize], &dyn Fn(u32) -> bool) = match self.format {
+            WeightFormat::Q4_0 | WeightFormat::Q8_0 => (&[1], &half),
+            WeightFormat::Q4K => (&[1, 2], &half),
+            WeightFormat::Q6K => (&[2], &half),
+            // 6 * 2^125 is an f32.
+            WeightFormat::Mxfp4 => (&[1], &|exponent| exponent <= 252),
+            _ => return false,
+        };
+        let regions: Vec<_> = regions.iter().map(|&n| layout.regions[n]).collect();
+        let all_of = |row: &[u8]| regions.iter().all(|r| (0..r.items).all(|item| is_finite(r.get(row, item))));
+        rows.chunks_exact(layout.bytes.max(1)).all(all_of)
     }
 }
 
@@ -214,5 +237,31 @@ mod tests {
         assert_eq!(matrix.not_finite(), Some((130, f32::NEG_INFINITY)));
         matrix.bytes[2 * 130..2 * 130 + 2].copy_from_slice(&half::bf16::MAX.to_le_bytes());
         assert_eq!(matrix.not_finite(), None);
+    }
+
+    /// Scales alone say that weights are finite exactly where decoding them does, for every exponent and half.
+    #[test]
+    fn scales_tell_what_is_finite() {
+        for (format, inputs, region) in [
+            (WeightFormat::Mxfp4, 32, 1),
+            (WeightFormat::Q4_0, 32, 1),
+            (WeightFormat::Q8_0, 32, 1),
+            (WeightFormat::Q4K, 256, 1),
+            (WeightFormat::Q4K, 256, 2),
+            (WeightFormat::Q6K, 256, 2),
+        ] {
+            let layout = format.layout(inputs);
+            let scale = layout.regions[region];
+            for item in 0..1u32 << scale.bits {
+                // The largest integers, and scales of integers.
+                let mut row = vec![if format == WeightFormat::Mxfp4 { 0x77 } else { 0x7f }; layout.bytes];
+                row[scale.at..][..scale.bytes()].fill(0);
+                scale.set(&mut row, 0, item);
+                let finite = formats::decode(format, inputs, &row).iter().all(|v| v.is_finite());
+                let matrix = PackedMatrix { format, inputs, bytes: row };
+                assert_eq!(matrix.not_finite().is_none(), finite, "{format}: {item:#x}");
+                assert_eq!(matrix.scales_are_finite(&matrix.bytes), finite, "{format}: {item:#x}");
+            }
+        }
     }
 }
