@@ -11,6 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use support::{Values, assert_close, assert_same_bits, gpu_context};
 use tempfile::TempDir;
+use wgmoe::model::checkpoint::read_tensor;
 use wgmoe::reference::moe_forward;
 use wgmoe::{Checkpoint, Context, Error, Family, LayerOptions, LoadedLayer, MoeLayer, WeightFormat};
 
@@ -477,6 +478,19 @@ fn a_scale_that_is_no_number_is_found_in_its_expert() {
     assert_eq!(at(Q4_K, 2, &|b| b[2..4].copy_from_slice(&nan)), 256 * 256 + 512);
     assert_eq!(at(Q6_K, 5, &|b| b[208..].copy_from_slice(&nan)), 256 * 256 + 5 * 256);
     assert_eq!(at(F16, 9, &|b| b.copy_from_slice(&infinite)), 256 * 256 + 9);
+}
+
+#[test]
+fn single_tensors_are_read_unless_they_are_blocks() {
+    let folder = TempDir::new().expect("temporary folder");
+    let (file, [router, ..]) = mixtral([32, 64, 2], Q8_0, F16);
+    let path = save(&folder, &file);
+    let (values, shape) = read_tensor(&path, Some("blk.1.ffn_gate_inp.weight")).expect("F32");
+    assert_eq!((values, shape), (router, vec![2, 32]));
+    let (_, shape) = read_tensor(&path, Some("blk.1.ffn_down_exps.weight")).expect("F16");
+    assert_eq!(shape, [2, 32, 64], "the reverse of what the file has");
+    let error = read_tensor(&path, Some("blk.1.ffn_up_exps.weight")).expect_err("blocks");
+    assert!(matches!(&error, Error::Unsupported { what, .. } if what.contains("Q8_0")), "{error}");
 }
 
 /// Layouts of GGUF files are for them, and no others.

@@ -525,3 +525,113 @@ fn every_architecture_is_tried() {
         }
     }
 }
+
+fn docs() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/families.md")).expect("readable")
+}
+
+#[test]
+fn every_architecture_is_documented() {
+    let docs = docs();
+    let section = docs.split("## GGUF files").nth(1).expect("the section").split("\n## ").next().expect("its text");
+    for family in Family::builtin() {
+        let names: Vec<String> = family.gguf_architectures().iter().map(|name| format!("`{name}`")).collect();
+        let (row, left_out) =
+            (format!("| `{}` | {} |", family.name(), names.join(", ")), format!("`{}`", family.name()));
+        let documented = if names.is_empty() { section.contains(&left_out) } else { section.contains(&row) };
+        assert!(documented || family.unsupported().is_some(), "docs/families.md lacks {row}");
+    }
+}
+
+#[test]
+fn the_documented_example_reads_what_it_describes() {
+    let docs = docs();
+    let toml = |n: usize| docs.split("```toml\n").nth(n).and_then(|rest| rest.split("```").next()).expect("an example");
+    let json = docs.split("```json\n").nth(1).and_then(|rest| rest.split("```").next()).expect("its configuration");
+    let text = format!("{}\n{}", toml(2), toml(3));
+    let globex = Family::from_toml(Path::new("globex.toml"), &text).unwrap_or_else(|error| panic!("{error}"));
+    let mut file = Gguf::new("globex").with(
+        "globex",
+        &[
+            ("embedding_length", Meta::U32(2048)),
+            ("expert_feed_forward_length", Meta::U32(512)),
+            ("expert_count", Meta::U32(64)),
+            ("expert_used_count", Meta::U32(6)),
+            ("expert_shared_feed_forward_length", Meta::U32(1024)),
+            ("expert_group_count", Meta::U32(8)),
+            ("expert_group_used_count", Meta::U32(4)),
+            ("expert_gating_func", Meta::U32(2)),
+            ("expert_weights_scale", Meta::F32(2.5)),
+            ("expert_weights_norm", Meta::Bool(true)),
+            ("swiglu_clamp_exp", Meta::f32s(&[0.0, 7.0, 7.0])),
+        ],
+    );
+    // In one expert only the first number is not zero: as large a file as it needs, no larger.
+    let f16 = |name: &str, shape: &[usize], file: &mut Gguf| {
+        let mut data = vec![0; shape.iter().product::<usize>() * 2];
+        data[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+        file.tensor(&format!("blk.1.{name}"), 1, shape, data);
+    };
+    for (name, shape) in [
+        ("ffn_gate_inp.weight", &[64, 2048][..]),
+        ("exp_probs_b.bias", &[64]),
+        ("ffn_gate_exps.weight", &[64, 512, 2048]),
+        ("ffn_up_exps.weight", &[64, 512, 2048]),
+        ("ffn_down_exps.weight", &[64, 2048, 512]),
+        ("ffn_gate_shexp.weight", &[1024, 2048]),
+        ("ffn_up_shexp.weight", &[1024, 2048]),
+        ("ffn_down_shexp.weight", &[2048, 1024]),
+        ("ffn_gate_inp_shexp.weight", &[2048]),
+    ] {
+        f16(name, shape, &mut file);
+    }
+    let folder = TempDir::new().expect("temporary folder");
+    let path = folder.path().join("globex.gguf");
+    fs::write(&path, file.bytes()).expect("writable");
+    let checkpoint = Checkpoint::open(&path).expect("sound");
+    let source = checkpoint.layer(Some(&globex), 1).unwrap_or_else(|error| panic!("{error}"));
+    let expected = globex.layer_config(Path::new("config.json"), json.as_bytes(), 1).expect("documented");
+    assert_eq!(source.config(), &expected);
+}
+
+/// A description that has the second documented example and this after it.
+fn described(gguf: &str) -> Result<Family, Error> {
+    let docs = docs();
+    let example = docs.split("```toml\n").nth(2).and_then(|rest| rest.split("```").next()).expect("an example");
+    Family::from_toml(Path::new("mine.toml"), &format!("{example}\n{gguf}"))
+}
+
+#[test]
+fn mistakes_in_the_section_are_named_with_their_line() {
+    let docs = docs();
+    let good = docs.split("```toml\n").nth(3).and_then(|rest| rest.split("```").next()).expect("an example");
+    described(good).unwrap_or_else(|error| panic!("{error}"));
+    let layout = &good[good.find("[tensors.gguf]").expect("a layout")..];
+    let without_layout = &good[..good.find("[tensors.gguf]").expect("a layout")];
+    for (text, expected, at) in [
+        (good.replace("d_model =", "d_modell ="), "no setting of this family reads \"d_modell\"", "d_modell"),
+        (
+            good.replace("\"moe.width\"", "\"moe.widht\""),
+            "no setting of this family reads \"moe.widht\"",
+            "\"moe.widht",
+        ),
+        (good.replace("\"moe.width\"", "moe.width"), "unknown field `width`", ""),
+        (good.replace("architecture", "architektur"), "unknown field `architektur`", "architektur"),
+        (good.replace("architecture = [\"globex\"]", ""), "missing field `architecture`", "[gguf]"),
+        (good.replace("\"2\" = true", "\"2\" = 7"), "expected a boolean", "when = ["),
+        (good.replace("from = \"expert_count\"", "form = \"expert_count\""), "unknown field `form`", "{ form = "),
+        (good.replace("[tensors.gguf]", "[tensors.other]"), "[gguf] needs a layout [tensors.gguf]", "architecture"),
+        (without_layout.to_owned(), "[gguf] needs a layout [tensors.gguf]", "architecture"),
+        (layout.to_owned(), "this layout needs [gguf]", "prefix = \"blk"),
+        (layout.replace("[tensors.gguf]", "[tensors.gguf_fused]"), "this layout needs [gguf]", "prefix = \"blk"),
+    ] {
+        let message = described(&text).expect_err(expected).to_string();
+        assert!(message.starts_with("mine.toml: ") && message.contains(expected), "{expected}: {message}");
+        let whole = format!(
+            "{}\n{text}",
+            docs.split("```toml\n").nth(2).unwrap_or_default().split("```").next().unwrap_or_default()
+        );
+        let line = whole.lines().position(|line| line.contains(at)).expect("the line") + 1;
+        assert!(at.is_empty() || message.contains(&format!("line {line}:")), "line {line}, {expected}: {message}");
+    }
+}
