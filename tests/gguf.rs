@@ -1,6 +1,6 @@
-//! Layers from GGUF files: blocks mean what their publisher says, files and folders are what they should be, and a device
-//! computes with blocks what the reference computes with their numbers. Families are in `gguf_families.rs`, hostile files
-//! in `gguf_hostile.rs`.
+//! Layers from GGUF files: blocks mean what their publisher says, files and folders are what they should be, and a
+//! device computes with blocks what the reference computes with their numbers. Families are in `gguf_families.rs`,
+//! hostile files in `gguf_hostile.rs`.
 
 #[path = "support/gguf.rs"]
 mod gguf_file;

@@ -335,8 +335,8 @@ fn a_layer_is_the_same_as_from_safetensors() {
 const CONFIGURATIONS: &[(&str, &str, Case)] = &[
     (
         "afmoe",
-        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 6, "num_experts_per_tok": 2, "route_norm": true,
-            "route_scale": 2.826, "score_func": "sigmoid", "num_shared_experts": 1}"#,
+        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "num_experts": 6, "num_experts_per_tok": 2,
+            "route_norm": true, "route_scale": 2.826, "score_func": "sigmoid", "num_shared_experts": 1}"#,
         case(
             "",
             "afmoe",
@@ -366,14 +366,15 @@ const CONFIGURATIONS: &[(&str, &str, Case)] = &[
     ),
     (
         "deepseek_v2",
-        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 160, "num_experts_per_tok": 6, "n_group": 8,
-            "topk_group": 3, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "n_shared_experts": 2}"#,
+        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 160, "num_experts_per_tok": 6,
+            "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0,
+            "n_shared_experts": 2}"#,
         case("", "deepseek2", &[WIDTH, SCALE, SHARED]),
     ),
     (
         "deepseek_v3",
-        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 16, "num_experts_per_tok": 6, "n_group": 8,
-            "topk_group": 4, "norm_topk_prob": true, "scoring_func": "sigmoid", "routed_scaling_factor": 2.5,
+        r#"{"hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 16, "num_experts_per_tok": 6,
+            "n_group": 8, "topk_group": 4, "norm_topk_prob": true, "scoring_func": "sigmoid", "routed_scaling_factor": 2.5,
             "n_shared_experts": 1}"#,
         case("", "deepseek32", &[WIDTH, SCALE, NORM, SHARED]),
     ),

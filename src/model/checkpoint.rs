@@ -7,7 +7,7 @@ use crate::model::config::MoeConfig;
 use crate::model::family::Family;
 use crate::model::family::layout::{self, Layout};
 use crate::model::formats::{LayerFormats, WeightFormat};
-use crate::model::gguf_parts::{self, GgufParts};
+use crate::model::gguf::parts::{self, GgufParts};
 use crate::model::layer_reader::{self, FileSource, LayerFile, LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
 use crate::model::routing::Routing;
@@ -164,8 +164,7 @@ impl Checkpoint {
             let file = TensorFile::open(&content)?;
             let file_of_tensor = file.tensors.into_keys().map(|name| (name, 0)).collect();
             if let Some(metadata) = file.gguf {
-                let parts = GgufParts::open(&content, &metadata, file_of_tensor)?;
-                return Ok(Self::from_gguf(path, parts));
+                return Ok(Self::from_gguf(path, GgufParts::open(&content, &metadata, file_of_tensor)?));
             }
             let metadata = file.metadata;
             Self {
@@ -409,12 +408,12 @@ fn main_file(folder: &Path) -> Result<PathBuf> {
         let path = entry.map_err(io)?.path();
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             tensor_files.push(path);
-        } else if gguf_parts::is_gguf(&path) {
+        } else if parts::is_gguf(&path) {
             gguf_files.push(path);
         }
     }
     gguf_files.sort();
-    match (tensor_files.as_slice(), gguf_parts::main_part(&gguf_files)) {
+    match (tensor_files.as_slice(), parts::main_part(&gguf_files)) {
         ([only], _) => Ok(only.clone()),
         ([], Ok(Some(main))) => Ok(main.clone()),
         ([], Err(several)) => bad(format!("{several} .gguf files, which are not the parts of one; name the file")),

@@ -8,7 +8,6 @@ pub mod config;
 pub mod family;
 pub mod formats;
 mod gguf;
-mod gguf_parts;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;

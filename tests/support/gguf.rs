@@ -280,7 +280,8 @@ pub fn decode(kind: u32, bytes: &[u8]) -> Vec<f32> {
             }
             Q4_K => {
                 let (d, dmin, packed, q) = (half(x), half(&x[2..]), &x[4..16], &x[16..]);
-                // Eight scales and eight minima of six bits. Read as three words of 32 bits, they lie in bytes of words.
+                // Eight scales and eight minima of six bits: four of each in the low bits of a byte, and what is left of
+                // four bytes, whose upper bits are the upper ones of the other eight.
                 let (mut scales, mut mins) = ([0u8; 8], [0u8; 8]);
                 for j in 0..4 {
                     scales[j] = packed[j] & 0x3f;

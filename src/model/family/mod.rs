@@ -162,8 +162,8 @@ impl Family {
         }
     }
 
-    /// Values of `general.architecture` in a GGUF file that can mean this family. Empty: it has no section `[gguf]`, and
-    /// reads no such files.
+    /// Values of `general.architecture` in a GGUF file that can mean this family. Empty: it has no section `[gguf]`,
+    /// and reads no such files.
     pub fn gguf_architectures(&self) -> &[String] {
         match &self.body {
             Body::Rules(rules) => rules.gguf.as_ref().map_or(&[], |gguf| &gguf.architecture),
