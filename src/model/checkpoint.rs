@@ -1,12 +1,13 @@
-//! Finds one MoE layer in a checkpoint and reads it: a single `.safetensors` file, or a folder of shards with an
-//! index. Headers are read when they are needed, so a checkpoint of which only some shards are on disk is fine as long
-//! as the layer's are.
+//! Finds one MoE layer in a checkpoint and reads it: a single `.safetensors` file, a folder of shards with an index, or
+//! a GGUF file, possibly split. Headers of shards are read when they are needed, so a checkpoint of which only some
+//! shards are on disk is fine as long as the layer's are. GGUF has no index: all parts have to be there.
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::family::Family;
-use crate::model::family::layout::Layout;
+use crate::model::family::layout::{self, Layout};
 use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::gguf::parts::{self, GgufParts};
 use crate::model::layer_reader::{self, FileSource, LayerFile, LayerReader, Shards};
 use crate::model::model_config::ModelConfig;
 use crate::model::routing::Routing;
@@ -14,6 +15,7 @@ use crate::model::tensor_file::{self, TensorFile};
 use crate::model::tensor_header::{UniqueMap, check_name};
 use crate::model::weights::MoeWeights;
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
@@ -34,6 +36,8 @@ pub struct Checkpoint {
     file_of_tensor: BTreeMap<String, usize>,
     metadata: BTreeMap<String, String>,
     config: Option<ModelConfig>,
+    /// Metadata, if it is a GGUF file. Then there is no configuration.
+    gguf: Option<ModelConfig>,
     /// Tensors of packed rows, which this program wrote.
     packed: BTreeMap<String, WeightFormat>,
 }
@@ -47,7 +51,8 @@ pub struct LoadedLayer {
     pub weights: MoeWeights,
     /// The family's name.
     pub family: String,
-    /// What the configuration calls the model, which a family may know under several names.
+    /// What the configuration calls the model, which a family may know under several names: `model_type`, or the
+    /// architecture of a GGUF file.
     pub model_type: Option<String>,
     /// The layout that was found, as the family calls it.
     pub layout: String,
@@ -141,7 +146,8 @@ impl<'c> LayerSource<'c> {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file, an index (`*.json`), or a folder that holds either.
+    /// Opens a `.safetensors` file, an index (`*.json`), a GGUF file or any part of a split one, or a folder that holds
+    /// one of these.
     ///
     /// # Errors
     /// [`Error::Io`], and [`Error::BadFile`] for anything that is not a sound checkpoint.
@@ -153,6 +159,9 @@ impl Checkpoint {
         } else {
             let file = TensorFile::open(&content)?;
             let file_of_tensor = file.tensors.into_keys().map(|name| (name, 0)).collect();
+            if let Some(metadata) = file.gguf {
+                return Ok(Self::from_gguf(path, GgufParts::open(&content, &metadata, file_of_tensor)?));
+            }
             let metadata = file.metadata;
             Self {
                 path: path.to_owned(),
@@ -160,6 +169,7 @@ impl Checkpoint {
                 file_of_tensor,
                 metadata,
                 config: None,
+                gguf: None,
                 packed: BTreeMap::new(),
             }
         };
@@ -174,6 +184,19 @@ impl Checkpoint {
             None => read_config(&folder.join("config.json"))?,
         };
         Ok(checkpoint)
+    }
+
+    fn from_gguf(path: &Path, parts: GgufParts) -> Self {
+        let GgufParts { files, file_of_tensor, metadata } = parts;
+        Self {
+            path: path.to_owned(),
+            files,
+            file_of_tensor,
+            metadata: BTreeMap::new(),
+            config: None,
+            gguf: Some(metadata),
+            packed: BTreeMap::new(),
+        }
     }
 
     fn from_index(path: &Path, folder: &Path) -> Result<Self> {
@@ -204,6 +227,7 @@ impl Checkpoint {
             file_of_tensor,
             metadata: BTreeMap::new(),
             config: None,
+            gguf: None,
             packed: BTreeMap::new(),
         })
     }
@@ -213,7 +237,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// A value of the file's `__metadata__`. An index has none.
+    /// A value of the file's `__metadata__`. An index has none, nor has a GGUF file, whose metadata are another matter.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.metadata.get(key).map(String::as_str)
     }
@@ -227,7 +251,8 @@ impl Checkpoint {
     ///
     /// Sizes come from the metadata key `config` or from `config.json` beside the file. If the metadata names a
     /// `prefix`, the file holds one block and `layer` must be its `layer_idx`. If it names a `layout`, only that one
-    /// is looked for, otherwise each of the family's.
+    /// is looked for, otherwise each of the family's. A GGUF file has its sizes in itself, in what the family's
+    /// description calls `[gguf]`, and is only read by the layouts for such files.
     ///
     /// # Errors
     /// - [`Error::Unsupported`]: the family, its activation or a tensor's type is not known, or the block holds tensors
@@ -256,7 +281,10 @@ impl Checkpoint {
             config,
             weights,
             family: file.family().name(),
-            model_type: self.model_config()?.model_type(),
+            model_type: match &self.gguf {
+                Some(metadata) => metadata.architecture(),
+                None => self.config.as_ref().and_then(ModelConfig::model_type),
+            },
             layout: layout_name,
             file,
             converted: None,
@@ -272,12 +300,54 @@ impl Checkpoint {
 
     /// A layer in its files, and the name of its layout.
     pub(crate) fn layer_file<'c>(&'c self, family: Option<&'c Family>, layer: u32) -> Result<(&'c str, LayerFile<'c>)> {
-        let model_config = self.model_config()?;
-        let family = family.map_or_else(|| model_config.family(), Ok)?;
-        let config = family.moe_config(model_config, layer)?;
+        let family = self.family(family)?;
+        let model_config = self.config_of(family, layer)?;
+        let config = family.moe_config(&model_config, layer)?;
         let (name, layout, prefix) = self.find_layout(family, layer)?;
         let reader = LayerReader { family, layout, prefix, config };
-        Ok((name, LayerFile::open(reader, self.shards(model_config))?))
+        Ok((name, LayerFile::open(reader, self.shards(&model_config))?))
+    }
+
+    /// The family that was given, or else the one that configuration or metadata tell.
+    fn family<'c>(&self, given: Option<&'c Family>) -> Result<&'c Family> {
+        match (given, &self.gguf) {
+            (Some(family), _) => Ok(family),
+            (None, Some(metadata)) => Family::of_gguf(metadata),
+            (None, None) => self.model_config()?.family(),
+        }
+    }
+
+    /// The configuration that a layer is described with.
+    fn config_of(&self, family: &Family, layer: u32) -> Result<Cow<'_, ModelConfig>> {
+        match &self.gguf {
+            Some(metadata) => family.gguf_config(metadata, layer).map(Cow::Owned),
+            None => self.model_config().map(Cow::Borrowed),
+        }
+    }
+
+    /// The configuration of some layers, as a `config.json` would have it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for layers of a GGUF file whose metadata say different things of them.
+    pub(crate) fn config_text(&self, family: Option<&Family>, layers: &[u32]) -> Result<String> {
+        let family = self.family(family)?;
+        let mut text = None;
+        for &layer in layers {
+            let mut config = self.config_of(family, layer)?;
+            if self.gguf.is_some() {
+                let model_type = family.model_types().first().map(|name| name.as_str().into());
+                config.to_mut().set("model_type", model_type, Vec::new());
+            }
+            let of_layer = config.to_json();
+            if text.get_or_insert_with(|| of_layer.clone()) != &of_layer {
+                return Err(Error::Unsupported {
+                    what: format!("layers {layers:?} of {}", self.path.display()),
+                    by: "in one file, as its metadata say different things of them".to_owned(),
+                    hint: "write each layer to a file of its own".to_owned(),
+                });
+            }
+        }
+        Ok(text.unwrap_or_default())
     }
 
     /// The layers that have an MoE block, ascending: those whose router and first projection exist.
@@ -286,12 +356,13 @@ impl Checkpoint {
     /// Those of [`Checkpoint::load_layer`] about the configuration and the family; [`Error::MissingTensor`] if there is
     /// none.
     pub fn layers(&self, family: Option<&Family>) -> Result<Vec<u32>> {
-        let family = family.map_or_else(|| self.model_config()?.family(), Ok)?;
+        let family = self.family(family)?;
         let mut candidates = BTreeSet::new();
         if self.metadata.contains_key("prefix") {
             candidates.insert(self.metadata("layer_idx").and_then(|text| text.parse().ok()).unwrap_or(0));
         } else {
-            for prefix in family.layouts()?.values().flat_map(|layout| &layout.prefixes) {
+            let layouts = family.layouts()?.iter().filter(|(name, _)| self.may_have(name));
+            for prefix in layouts.flat_map(|(_, layout)| &layout.prefixes) {
                 let Some((start, end)) = prefix.split_once("{layer}") else {
                     candidates.insert(0);
                     continue;
@@ -311,11 +382,6 @@ impl Checkpoint {
             true => self.find_layout(family, first).map(|_| layers),
             false => Ok(layers),
         }
-    }
-
-    /// The configuration as it was read.
-    pub(crate) fn config_text(&self) -> Result<&str> {
-        Ok(&self.model_config()?.text)
     }
 
     /// `output` is none of the files that are read.
@@ -339,8 +405,17 @@ impl Checkpoint {
             files: &self.files,
             file_of_tensor: &self.file_of_tensor,
             open: BTreeMap::new(),
+            is_gguf: self.gguf.is_some(),
             packed: &self.packed,
             quantization: config.quantization(),
+        }
+    }
+
+    /// A layout of this name can be this file's: that which the metadata name, or any of its kind of files.
+    fn may_have(&self, layout: &str) -> bool {
+        match self.metadata("layout") {
+            Some(wanted) => wanted == layout,
+            None => layout::is_of_gguf(layout) == self.gguf.is_some(),
         }
     }
 
@@ -358,13 +433,17 @@ impl Checkpoint {
         }
         let wanted = self.metadata("layout");
         let mut tried = Vec::new();
-        for (name, layout) in family.layouts()?.iter().filter(|(name, _)| wanted.is_none_or(|w| w == name.as_str())) {
+        for (name, layout) in family.layouts()?.iter().filter(|(name, _)| self.may_have(name)) {
             let of_family = || layout.prefixes.iter().map(|prefix| prefix.replace("{layer}", &layer.to_string()));
             let prefixes = self.metadata("prefix").map_or_else(|| of_family().collect(), |p| vec![p.to_owned()]);
             for prefix in prefixes {
                 let there = |name: &str| {
                     let tensor = format!("{prefix}{}", name.replace("{expert}", "0"));
-                    layer_reader::is_stored(|tensor| self.file_of_tensor.contains_key(tensor), &tensor)
+                    layer_reader::is_stored(
+                        self.gguf.is_some(),
+                        |tensor| self.file_of_tensor.contains_key(tensor),
+                        &tensor,
+                    )
                 };
                 let mut landmarks = layout.landmarks();
                 let missing = landmarks.find(|tensor| !tensor.names.iter().any(|name| there(name)));
@@ -378,7 +457,11 @@ impl Checkpoint {
         let Some(first) = tried.first() else {
             let known = family.layout_names();
             return Err(Error::Unsupported {
-                what: format!("layout {:?} of {}", wanted.unwrap_or_default(), self.path.display()),
+                what: format!(
+                    "the layout{} of {}",
+                    wanted.map_or(String::new(), |w| format!(" {w:?}")),
+                    self.path.display()
+                ),
                 by: format!("by family {:?}", family.name()),
                 hint: format!("{} describes {}", family.path().display(), known.join(", ")),
             });
@@ -404,7 +487,7 @@ fn scaled(config: &MoeConfig, factor: f32) -> Result<MoeConfig> {
         .with_extras(config.extras().clone())
 }
 
-/// The file to start from in a folder: the index, else the only tensor file.
+/// The file to start from in a folder: the index, else the only tensor file, else the only GGUF model.
 fn main_file(folder: &Path) -> Result<PathBuf> {
     for name in [INDEX_NAME, "model.safetensors"] {
         let path = folder.join(name);
@@ -413,22 +496,25 @@ fn main_file(folder: &Path) -> Result<PathBuf> {
         }
     }
     let io = |source| Error::Io { path: folder.to_owned(), source };
-    let mut tensor_files = Vec::new();
+    let bad = |message| Err(Error::BadFile { path: folder.to_owned(), message });
+    let [mut tensor_files, mut gguf_files] = [Vec::new(), Vec::new()];
     for entry in std::fs::read_dir(folder).map_err(io)? {
         let path = entry.map_err(io)?.path();
         if path.extension().is_some_and(|extension| extension == "safetensors") {
             tensor_files.push(path);
+        } else if parts::is_gguf(&path) {
+            gguf_files.push(path);
         }
     }
-    match tensor_files.as_slice() {
-        [only] => Ok(only.clone()),
-        several => Err(Error::BadFile {
-            path: folder.to_owned(),
-            message: format!(
-                "{} .safetensors files and neither {INDEX_NAME} nor model.safetensors; name the file",
-                several.len()
-            ),
-        }),
+    gguf_files.sort();
+    match (tensor_files.as_slice(), parts::main_part(&gguf_files)) {
+        ([only], _) => Ok(only.clone()),
+        ([], Ok(Some(main))) => Ok(main.clone()),
+        ([], Err(several)) => bad(format!("{several} .gguf files, which are not the parts of one; name the file")),
+        (several, _) => bad(format!(
+            "{} .safetensors files and neither {INDEX_NAME} nor model.safetensors; name the file",
+            several.len()
+        )),
     }
 }
 

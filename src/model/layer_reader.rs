@@ -6,13 +6,14 @@ use crate::model::config::{MoeConfig, SharedGate};
 use crate::model::family::layout::{Layout, TensorNames};
 use crate::model::family::{Family, NORMS};
 use crate::model::formats::published::{self, GptqZeros, Integers, Kind, MatrixScale, Nvfp4, Qweight};
-use crate::model::formats::{self, LayerFormats, WeightFormat};
+use crate::model::formats::{self, GgmlBlocks, LayerFormats, WeightFormat};
 use crate::model::model_config::Quantization;
 use crate::model::routing::{Noise, Scores};
 use crate::model::source::{ExpertKind, ExpertSource};
 use crate::model::stored::{self, Blocks, FP4_BLOCK, Fp4Scales, PackedMatrix};
 use crate::model::tensor_file::{self, TensorFile};
 use crate::model::weights::{ExtraWeights, MoeWeights};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ pub(crate) struct Shards<'c> {
     pub file_of_tensor: &'c BTreeMap<String, usize>,
     /// Those that are open.
     pub open: BTreeMap<usize, TensorFile>,
+    /// They are GGUF files, where a tensor's type says all and names say nothing.
+    pub is_gguf: bool,
     /// Tensors of packed rows, which this program wrote.
     pub packed: &'c BTreeMap<String, WeightFormat>,
     /// What the configuration says of quantised tensors.
@@ -34,8 +37,9 @@ pub(crate) struct Shards<'c> {
 }
 
 /// Numbers are stored under this name, or in tensors that are called after it.
-pub(crate) fn is_stored(present: impl Fn(&str) -> bool, name: &str) -> bool {
-    present(name) || present(&format!("{name}_blocks")) || published::detect(&present, base(name)).is_some()
+pub(crate) fn is_stored(is_gguf: bool, present: impl Fn(&str) -> bool, name: &str) -> bool {
+    let beside = || present(&format!("{name}_blocks")) || published::detect(&present, base(name)).is_some();
+    present(name) || !is_gguf && beside()
 }
 
 /// What quantised tensors are called by, instead of `weight`.
@@ -115,6 +119,8 @@ enum Storage {
     Published { kind: Kind, base: String },
     /// Packed rows.
     Packed(WeightFormat),
+    /// Blocks of a GGUF file.
+    Ggml(GgmlBlocks),
 }
 
 impl LayerReader<'_> {
@@ -177,7 +183,8 @@ impl LayerReader<'_> {
             else {
                 continue;
             };
-            let there = names.iter().find(|name| is_stored(|tensor| shards.has(tensor), &self.name(name, 0)));
+            let there =
+                names.iter().find(|name| is_stored(shards.is_gguf, |tensor| shards.has(tensor), &self.name(name, 0)));
             match there.or(if *optional { None } else { names.first() }) {
                 Some(pattern) => found.push(Found { slot, pattern: pattern.clone(), shape }),
                 None => continue,
@@ -200,6 +207,16 @@ impl LayerReader<'_> {
     fn storage(&self, shards: &mut Shards, name: &str) -> Result<Storage> {
         if let Some(&format) = shards.packed.get(name) {
             return Ok(Storage::Packed(format));
+        }
+        if shards.is_gguf {
+            let file = shards.file_of(name)?;
+            return match &file.info(name)?.ggml {
+                None => Ok(Storage::Plain),
+                Some(ggml) => match GgmlBlocks::of_type(ggml.number) {
+                    Some(blocks) => Ok(Storage::Ggml(blocks)),
+                    None => Err(file.unsupported(name, ggml)),
+                },
+            };
         }
         if let Some(kind) = published::detect(|tensor| shards.has(tensor), base(name)) {
             let base = base(name).to_owned();
@@ -299,6 +316,16 @@ impl LayerReader<'_> {
                     let shape = vec![stacked, rows, format.layout(columns).bytes];
                     check_shape(shards.file_of(&name)?, &name, &[shape])?;
                     stored_as.insert(format.name());
+                }
+                Storage::Ggml(blocks) => {
+                    let file = shards.file_of(&name)?;
+                    check_shape(file, &name, &shapes)?;
+                    if tensor.shape.columns == 1 || self.layout.is_transposed(tensor.slot) {
+                        return Err(
+                            file.mismatch(&name, "single numbers, F32, F16 or BF16: blocks hold rows [out, in]")
+                        );
+                    }
+                    stored_as.insert(blocks.name.to_owned());
                 }
                 Storage::Published { kind, base } => {
                     if self.is_stacked(tensor) && tensor.shape.count > 1 {
@@ -417,6 +444,10 @@ impl LayerReader<'_> {
                 }
             }
             Storage::Published { kind, base } => shards.published(kind, &base, [rows, columns])?,
+            Storage::Ggml(blocks) => {
+                let file = shards.file_of(&name)?;
+                read_ggml(file, &name, &blocks, start / columns, [rows, columns])?
+            }
             Storage::Packed(format) => {
                 let Shape { rows, columns, .. } = tensor.shape;
                 let bytes = rows * format.layout(columns).bytes;
@@ -488,7 +519,7 @@ impl LayerReader<'_> {
         let mut used = BTreeSet::new();
         for name in found.iter().flat_map(|tensor| self.tensor_names(tensor)) {
             match self.storage(shards, &name)? {
-                Storage::Plain | Storage::Packed(_) => {}
+                Storage::Plain | Storage::Packed(_) | Storage::Ggml(_) => {}
                 Storage::Published { base, .. } => {
                     used.extend(published::SUFFIXES.iter().map(|suffix| format!("{base}.{suffix}")));
                 }
@@ -918,6 +949,33 @@ pub(crate) fn check_blocks(format: WeightFormat, path: &Path, tensor: &str, colu
     })
 }
 
+/// Bytes of GGUF blocks that are turned at a time.
+const GGML_BYTES: usize = 1 << 20;
+
+/// Rows of GGUF blocks, from `first_row` of the tensor on, as packed rows.
+fn read_ggml(
+    file: &mut TensorFile,
+    name: &str,
+    blocks: &GgmlBlocks,
+    first_row: usize,
+    [rows, columns]: [usize; 2],
+) -> Result<PackedMatrix> {
+    let stored_bytes = columns / blocks.inputs * blocks.bytes;
+    let packed_bytes = blocks.format.layout(columns).bytes;
+    let mut bytes = Vec::new();
+    tensor_file::reserve(file.path(), &mut bytes, rows.saturating_mul(packed_bytes))?;
+    bytes.resize(rows * packed_bytes, 0u8);
+    let at_once = (GGML_BYTES / stored_bytes.max(1)).max(1);
+    for (n, packed) in bytes.chunks_mut(at_once * packed_bytes.max(1)).enumerate() {
+        let start = (first_row + n * at_once) * stored_bytes;
+        let stored = file.read_bytes(name, start..start + packed.len() / packed_bytes * stored_bytes)?;
+        let stored = stored.par_chunks_exact(stored_bytes);
+        let packed = packed.par_chunks_exact_mut(packed_bytes);
+        stored.zip(packed).for_each(|(stored, packed)| formats::ggml_row(blocks, stored, packed));
+    }
+    Ok(PackedMatrix { format: blocks.format, inputs: columns, bytes })
+}
+
 /// A vector has no columns.
 fn matrix(rows: usize, columns: usize) -> Vec<usize> {
     if columns == 1 { vec![rows] } else { vec![rows, columns] }
@@ -926,7 +984,7 @@ fn matrix(rows: usize, columns: usize) -> Vec<usize> {
 /// The shape is one of these, apart from axes of length 1.
 fn check_shape(file: &TensorFile, name: &str, shapes: &[Vec<usize>]) -> Result<()> {
     let without_ones = |shape: &[usize]| shape.iter().copied().filter(|&n| n != 1).collect::<Vec<_>>();
-    let found = without_ones(&file.info(name)?.shape);
+    let found = without_ones(file.info(name)?.numbers());
     if shapes.iter().any(|shape| without_ones(shape) == found) {
         return Ok(());
     }

@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod family;
 pub mod formats;
+mod gguf;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;

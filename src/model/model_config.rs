@@ -4,21 +4,90 @@ use crate::error::{Error, Result};
 use crate::model::family::setting::{Key, Step};
 use crate::model::family::{self, Family};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// A model's `config.json`, from a file or from a tensor file's metadata.
+/// Which model a GGUF file holds: most of its keys start with this one's value.
+const ARCHITECTURE: &str = "general.architecture";
+
+/// A model's `config.json`, from a file or from a tensor file's metadata; or the metadata of a GGUF file.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelConfig {
     /// The file it was read from.
     pub path: PathBuf,
-    /// What was read there.
-    pub text: String,
+    /// What was read there; empty where it was put together from metadata.
+    text: String,
     /// What is looked into, in this order: the configuration of the text model inside a multimodal one, and what is
-    /// around it.
+    /// around it. Of GGUF metadata: those of the architecture without that in front, and all of them.
     scopes: Vec<Map<String, Value>>,
+    /// The GGUF keys that a key comes from, for messages.
+    sources: BTreeMap<String, Vec<String>>,
 }
 
 impl ModelConfig {
+    /// A configuration that says nothing.
+    pub fn empty(path: &Path) -> Self {
+        Self { path: path.to_owned(), text: String::new(), scopes: vec![Map::new()], sources: BTreeMap::new() }
+    }
+
+    /// The metadata of a GGUF file. Keys can be written without the architecture in front.
+    pub fn of_gguf(path: &Path, metadata: BTreeMap<String, Value>) -> Self {
+        let all: Map<String, Value> = metadata.into_iter().collect();
+        let prefix = all.get(ARCHITECTURE).and_then(Value::as_str).map(|architecture| format!("{architecture}."));
+        let own = |(key, value): (&String, &Value)| {
+            prefix.as_ref().and_then(|prefix| key.strip_prefix(prefix)).map(|key| (key.to_owned(), value.clone()))
+        };
+        let scopes = vec![all.iter().filter_map(own).collect(), all];
+        Self { path: path.to_owned(), text: String::new(), scopes, sources: BTreeMap::new() }
+    }
+
+    /// As a `config.json` that says the same.
+    pub fn to_json(&self) -> String {
+        match self.scopes.first() {
+            Some(scope) if self.text.is_empty() => Value::Object(scope.clone()).to_string(),
+            _ => self.text.clone(),
+        }
+    }
+
+    /// What a GGUF file holds, by its own words.
+    pub fn architecture(&self) -> Option<&str> {
+        self.scopes.last()?.get(ARCHITECTURE)?.as_str()
+    }
+
+    /// What a key of GGUF metadata is called in the file.
+    pub fn full_key(&self, key: &str) -> String {
+        let name = key.split('[').next().unwrap_or_default();
+        match self.architecture() {
+            Some(architecture) if self.scopes.last().is_none_or(|all| !all.contains_key(name)) => {
+                format!("{architecture}.{key}")
+            }
+            _ => key.to_owned(),
+        }
+    }
+
+    /// Sets a key, unless there is no value; `sources` are the GGUF keys that say so.
+    pub fn set(&mut self, key: &str, value: Option<Value>, sources: Vec<String>) {
+        if let (Some(value), Some(scope)) = (value, self.scopes.first_mut()) {
+            scope.insert(key.to_owned(), value);
+        }
+        if !sources.is_empty() {
+            self.sources.insert(key.to_owned(), sources);
+        }
+    }
+
+    /// Keys in words, with what they come from.
+    pub fn quoted(&self, keys: &[String]) -> String {
+        let quoted = |keys: &[String]| keys.iter().map(|key| format!("{key:?}")).collect::<Vec<_>>().join(" or ");
+        let with_sources = |key: &String| {
+            let name = key.split('[').next().unwrap_or_default();
+            match self.sources.get(name) {
+                Some(sources) => format!("{key:?} (from {})", quoted(sources)),
+                None => format!("{key:?}"),
+            }
+        };
+        keys.iter().map(with_sources).collect::<Vec<_>>().join(" or ")
+    }
+
     pub fn parse(path: &Path, json: &[u8]) -> Result<Self> {
         let bad = |message| Error::BadFile { path: path.to_owned(), message };
         let value = serde_json::from_slice(json)
@@ -29,7 +98,8 @@ impl ModelConfig {
         };
         let mut scopes = Vec::new();
         collect_scopes(outer, &mut scopes);
-        Ok(Self { path: path.to_owned(), text: String::from_utf8_lossy(json).into_owned(), scopes })
+        let text = String::from_utf8_lossy(json).into_owned();
+        Ok(Self { path: path.to_owned(), text, scopes, sources: BTreeMap::new() })
     }
 
     /// What the text model, or else the whole model, calls itself.
@@ -75,8 +145,14 @@ impl ModelConfig {
 
     /// What `key` leads to; a value that is not a list is every entry of it.
     fn walk<'a>(&self, scope: &'a Map<String, Value>, key: &Key, layer: u32) -> Result<Option<&'a Value>> {
-        let mut at: Option<&Value> = None;
-        for step in &key.steps {
+        // GGUF keys have dots in them.
+        let name = key.text.split('[').next().unwrap_or_default();
+        let mut at = scope.get(name);
+        let skipped = if at.is_some() { name.split('.').count() } else { 0 };
+        if at.is_some_and(Value::is_null) {
+            return Ok(None);
+        }
+        for step in key.steps.iter().skip(skipped) {
             let index = match step {
                 Step::Name(name) => {
                     let object = if let Some(value) = at { value.as_object() } else { Some(scope) };

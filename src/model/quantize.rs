@@ -136,7 +136,7 @@ pub fn quantize(
     let packed: BTreeMap<&String, WeightFormat> =
         order.iter().filter(|(_, entry)| is_packed(entry)).map(|&(name, _)| (name, to)).collect();
     metadata.insert(PACKED_KEY.to_owned(), json!(json!(packed).to_string()));
-    metadata.insert("config".to_owned(), json!(checkpoint.config_text()?));
+    metadata.insert("config".to_owned(), json!(checkpoint.config_text(family, layers)?));
     metadata.extend(layout.map(|layout| ("layout".to_owned(), json!(layout))));
     for key in ["prefix", "layer_idx"] {
         metadata.extend(checkpoint.metadata(key).map(|value| (key.to_owned(), json!(value))));

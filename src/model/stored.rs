@@ -208,4 +208,29 @@ mod tests {
         matrix.bytes[2 * 130..2 * 130 + 2].copy_from_slice(&half::bf16::MAX.to_le_bytes());
         assert_eq!(matrix.not_finite(), None);
     }
+
+    /// For every exponent and half.
+    #[test]
+    fn scales_that_are_not_finite_are_found() {
+        for (format, inputs, region) in [
+            (WeightFormat::Mxfp4, 32, 1),
+            (WeightFormat::Q4_0, 32, 1),
+            (WeightFormat::Q8_0, 32, 1),
+            (WeightFormat::Q4K, 256, 1),
+            (WeightFormat::Q4K, 256, 2),
+            (WeightFormat::Q6K, 256, 2),
+        ] {
+            let layout = format.layout(inputs);
+            let scale = layout.regions[region];
+            for item in 0..1u32 << scale.bits {
+                // The largest integers, and scales of integers.
+                let mut row = vec![if format == WeightFormat::Mxfp4 { 0x77 } else { 0x7f }; layout.bytes];
+                row[scale.at..][..scale.bytes()].fill(0);
+                scale.set(&mut row, 0, item);
+                let finite = formats::decode(format, inputs, &row).iter().all(|v| v.is_finite());
+                let matrix = PackedMatrix { format, inputs, bytes: row };
+                assert_eq!(matrix.not_finite().is_none(), finite, "{format}: {item:#x}");
+            }
+        }
+    }
 }

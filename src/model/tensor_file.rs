@@ -1,14 +1,17 @@
-//! One `.safetensors` file: its header is read and checked in full before any tensor is touched, tensors are read
-//! on request, in pieces, as f32. Files are never mapped into memory, so a truncated one is an error here instead of
-//! zeros later. This module knows nothing of layers.
+//! One `.safetensors` or GGUF file: its header is read and checked in full before any tensor is touched, tensors are
+//! read on request, in pieces, as f32. Files are never mapped into memory, so a truncated one is an error here instead
+//! of zeros later. This module knows nothing of layers.
 
 use crate::atomic_file::write_atomically;
 use crate::error::{Error, Result};
-use crate::model::tensor_header::{Header, TensorInfo};
+use crate::model::formats::GgmlType;
+use crate::model::gguf::{Failure, GgufHeader, MAGIC, SWAPPED_MAGIC};
+use crate::model::tensor_header::{GgmlTensor, Header, TensorInfo};
 use safetensors::Dtype;
+use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -26,17 +29,33 @@ pub(crate) struct TensorFile {
     file: File,
     /// `__metadata__` of the header.
     pub metadata: BTreeMap<String, String>,
+    /// Metadata of a GGUF file.
+    pub gguf: Option<BTreeMap<String, Value>>,
     /// Every tensor by name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl TensorFile {
-    /// Reads and checks the header: `8 + n` bytes, whatever the size of the file.
+    /// Reads and checks the header, whatever the size of the file. What it starts with says which one it has: as the
+    /// length of a safetensors header, the first word of a GGUF file would be more than is accepted.
     pub fn open(path: &Path) -> Result<Self> {
         let bad = |message: String| Error::BadFile { path: path.to_owned(), message };
         let io = |source| Error::Io { path: path.to_owned(), source };
         let file_len = plain_file_len(path)?;
         let mut file = File::open(path).map_err(io)?;
+        let mut start = [0; 4];
+        if file_len >= 4 {
+            file.read_exact(&mut start).and_then(|()| file.rewind()).map_err(io)?;
+        }
+        if [MAGIC, SWAPPED_MAGIC].contains(&start) || has_extension(path, "gguf") {
+            let header = GgufHeader::read(BufReader::new(&mut file), file_len);
+            let GgufHeader { metadata, tensors } = header.map_err(|failure| match failure {
+                Failure::Wrong(message) => bad(message),
+                Failure::Io(error) => io(error),
+            })?;
+            let (path, gguf) = (path.to_owned(), Some(metadata));
+            return Ok(Self { path, file, metadata: BTreeMap::new(), gguf, tensors });
+        }
         if file_len < 8 {
             return Err(bad(format!("{file_len} bytes, but a safetensors file starts with an 8-byte header length")));
         }
@@ -53,7 +72,12 @@ impl TensorFile {
         let mut json = vec![0; header_len as usize];
         file.read_exact(&mut json).map_err(io)?;
         let Header { metadata, tensors } = Header::parse(&json, file_len).map_err(bad)?;
-        Ok(Self { path: path.to_owned(), file, metadata, tensors })
+        Ok(Self { path: path.to_owned(), file, metadata, gguf: None, tensors })
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The entry of `name`, or an error that lists names that are there.
@@ -68,8 +92,8 @@ impl TensorFile {
     /// Checks that `name` has this shape and a type that [`TensorFile::read_f32`] reads.
     pub fn expect(&self, name: &str, shape: &[usize]) -> Result<()> {
         let info = self.info(name)?;
-        if info.shape != shape {
-            let mut swapped = info.shape.clone();
+        if info.numbers() != shape {
+            let mut swapped = info.numbers().to_vec();
             if let [.., a, b] = &mut swapped[..] {
                 std::mem::swap(a, b);
             }
@@ -110,6 +134,9 @@ impl TensorFile {
     }
 
     fn readable(&self, name: &str, info: &TensorInfo) -> Result<()> {
+        if let Some(ggml) = &info.ggml {
+            return Err(self.unsupported(name, ggml));
+        }
         match info.dtype {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64 => Ok(()),
             other => Err(Error::Unsupported {
@@ -119,6 +146,15 @@ impl TensorFile {
                     "{READABLE} are read; smaller types where their scales are beside them (docs/families.md)"
                 ),
             }),
+        }
+    }
+
+    /// The type of a GGUF tensor cannot be read, or not here.
+    pub fn unsupported(&self, name: &str, ggml: &GgmlTensor) -> Error {
+        Error::Unsupported {
+            what: format!("type {} of tensor {name:?} in {}", ggml.type_name(), self.path.display()),
+            by: "here".to_owned(),
+            hint: format!("of GGUF files, {} are read, and blocks only as matrices of a layer", GgmlType::readable()),
         }
     }
 
@@ -265,6 +301,11 @@ pub fn write_tensor(path: &Path, name: &str, values: &[f32], shape: &[usize]) ->
     let content = safetensors::serialize([(name, view)], None::<HashMap<String, String>>).map_err(bad)?;
 
     write_atomically(path, &content)
+}
+
+/// The name ends in `.extension`, in small or capital letters.
+pub(crate) fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 /// The file's length; directories, pipes and devices are refused before anything can block on them.

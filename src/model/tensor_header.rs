@@ -1,6 +1,7 @@
 //! The header of a `.safetensors` file: a JSON object of tensors. Nothing in it is believed: every number is checked
 //! against the file's length and against limits before anyone uses it. This module sees bytes, never files.
 
+use crate::model::formats::GgmlType;
 use crate::model::tensor_file::READABLE;
 use safetensors::Dtype;
 use serde::Deserialize;
@@ -12,7 +13,7 @@ use std::marker::PhantomData;
 pub(crate) const MAX_TENSORS: usize = 65_536;
 const MAX_NAME_BYTES: usize = 256;
 const MAX_RANK: usize = 8;
-const MAX_DIM: u64 = 1 << 40;
+pub(crate) const MAX_DIM: u64 = 1 << 40;
 
 /// Where a tensor lies. Offsets count from the start of the file and are inside it.
 #[derive(Clone, Debug)]
@@ -20,11 +21,40 @@ pub(crate) struct TensorInfo {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub start: u64,
+    /// Only of GGUF types that are no `dtype`. The tensor is bytes then, and the last axis of `shape` those of a row.
+    pub ggml: Option<GgmlTensor>,
+}
+
+/// A tensor whose rows are cut into blocks.
+#[derive(Clone, Debug)]
+pub(crate) struct GgmlTensor {
+    /// The type, as the file has it.
+    pub number: u32,
+    /// What counts numbers, not bytes.
+    pub shape: Vec<usize>,
+}
+
+impl GgmlTensor {
+    /// The type's name, or its number if that is not known.
+    pub fn type_name(&self) -> String {
+        let number = self.number;
+        GgmlType::of_number(number).map_or_else(|| format!("ggml type {number}"), |known| known.name.to_owned())
+    }
+}
+
+impl TensorInfo {
+    /// The shape, in numbers.
+    pub fn numbers(&self) -> &[usize] {
+        self.ggml.as_ref().map_or(&self.shape, |ggml| &ggml.shape)
+    }
 }
 
 impl fmt::Display for TensorInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {:?}", self.dtype, self.shape)
+        match &self.ggml {
+            Some(ggml) => write!(f, "{} {:?}", ggml.type_name(), ggml.shape),
+            None => write!(f, "{} {:?}", self.dtype, self.shape),
+        }
     }
 }
 
@@ -84,7 +114,7 @@ fn check_layout(
         }
         end_of_last = end;
         let start = data_start.checked_add(start).ok_or_else(|| format!("tensor {name:?} lies beyond any file"))?;
-        tensors.insert(name, TensorInfo { dtype: bytes.dtype, shape: bytes.shape, start });
+        tensors.insert(name, TensorInfo { dtype: bytes.dtype, shape: bytes.shape, start, ggml: None });
     }
     match data_start.checked_add(end_of_last) {
         Some(end) if end == file_len => Ok(tensors),
@@ -166,18 +196,23 @@ impl<'de> Deserialize<'de> for RawHeader {
 
 /// Printable and at most 256 bytes: names end up in messages and terminals.
 pub(crate) fn check_name(name: &str) -> Result<(), String> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+    check_text("a tensor's name", name)
+}
+
+/// The same for another text.
+pub(crate) fn check_text(what: &str, text: &str) -> Result<(), String> {
+    if text.is_empty() || text.len() > MAX_NAME_BYTES || text.chars().any(char::is_control) {
         return Err(format!(
-            "a tensor's name starts {:?} and has {} bytes; 1 to {MAX_NAME_BYTES} printable ones are accepted",
-            start_of(name),
-            name.len()
+            "{what} starts {:?} and has {} bytes; 1 to {MAX_NAME_BYTES} printable ones are accepted",
+            start_of(text),
+            text.len()
         ));
     }
     Ok(())
 }
 
 /// Enough of a string to recognise it: a message must not be as long as a hostile file.
-fn start_of(text: &str) -> String {
+pub(crate) fn start_of(text: &str) -> String {
     text.chars().take(40).collect()
 }
 

@@ -9,7 +9,7 @@ use wgmoe::Family;
 
 const EXAMPLES: &str = "\
 A family is a TOML description. docs/families.md explains the format; --show prints a built-in one to start from, and \
---family of `run` and `check` takes a file of your own.
+--family of `run` and `check` takes a file of your own. Those with a layout `gguf` can be read from GGUF files.
 
 Examples:
   wgmoe families
@@ -31,6 +31,8 @@ struct Row {
     model_types: &'static [String],
     routing: String,
     layouts: Vec<&'static str>,
+    /// Architectures of GGUF files.
+    gguf: &'static [String],
     /// Why it is not supported.
     unsupported: Option<&'static str>,
 }
@@ -45,6 +47,7 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
         model_types: family.model_types(),
         routing: family.summary(),
         layouts: family.layout_names(),
+        gguf: family.gguf_architectures(),
         unsupported: family.unsupported(),
     };
     let rows: Vec<Row> = Family::builtin().iter().map(row).collect();

@@ -28,7 +28,7 @@ Examples:
 #[derive(clap::Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// The checkpoint: a safetensors file, an index, or a folder
+    /// The checkpoint: a safetensors or GGUF file, an index, or a folder
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// The format: f32, f16, bf16, int8, int4 (groups of 32; :g16, :g64, :g128 for others, :zp for zero points), mxfp4,

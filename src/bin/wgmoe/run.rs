@@ -17,8 +17,8 @@ use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, MoeLayer, ResidencyStats, We
 const OUTPUT_TENSOR: &str = "output";
 
 const EXAMPLES: &str = "\
-FILE is a safetensors file, a model.safetensors.index.json or the folder of a checkpoint. The output has the shape of \
-the input and is written as tensor \"output\", f32.
+FILE is a safetensors or GGUF file, a model.safetensors.index.json or the folder of a checkpoint. The output has the \
+shape of the input and is written as tensor \"output\", f32.
 
 Examples:
   wgmoe run model.safetensors --layer 3 --input x.safetensors --output y.safetensors

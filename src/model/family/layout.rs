@@ -39,6 +39,11 @@ pub(crate) const SLOTS: [&str; 29] = [
     "shared_gate",
 ];
 
+/// A layout of this name is one of GGUF files, and tried for no others.
+pub(crate) fn is_of_gguf(name: &str) -> bool {
+    name == "gguf" || name.starts_with("gguf_")
+}
+
 /// All keys of a layout, for messages.
 const KEYS: [&str; 36] = {
     let mut keys = ["prefix"; 36];

@@ -3,6 +3,7 @@
 //! This module reads descriptions and configurations, never tensors.
 
 mod builtin;
+mod gguf;
 pub(crate) mod layout;
 mod rules;
 pub(crate) mod setting;
@@ -67,6 +68,37 @@ impl Family {
         })
     }
 
+    /// The built-in family that a GGUF file with these metadata is of.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if there is none, [`Error::BadFile`] without an architecture.
+    pub(crate) fn of_gguf(metadata: &ModelConfig) -> Result<&'static Family> {
+        let Some(architecture) = metadata.architecture() else {
+            let message = "the metadata lack general.architecture, which says what the model is; name the family";
+            return Err(Error::BadFile { path: metadata.path.clone(), message: message.to_owned() });
+        };
+        let rules = |family: &'static Family| family.rules().ok()?.gguf.as_ref().map(|gguf| (family, gguf));
+        if let Some((family, _)) =
+            Self::builtin().iter().filter_map(rules).find(|(family, gguf)| gguf.detects(metadata, family.name()))
+        {
+            return Ok(family);
+        }
+        let lists_it = |family: &&Family| family.gguf_architectures().iter().any(|known| known == architecture);
+        let near: Vec<&str> = Self::builtin().iter().filter(lists_it).map(Family::name).collect();
+        let with_gguf: Vec<&str> =
+            Self::builtin().iter().filter(|f| !f.gguf_architectures().is_empty()).map(Family::name).collect();
+        let (by, hint) = if near.is_empty() {
+            let hint = "describe it in a TOML file with a section [gguf] and pass that, see docs/families.md";
+            (format!("by the built-in families that read GGUF files ({})", with_gguf.join(", ")), hint.to_owned())
+        } else {
+            let near = near.join(", ");
+            let hint = format!("is it a model without experts? `when` in {near} says what its metadata have to be");
+            (format!("with its metadata by {near}"), hint)
+        };
+        let what = format!("architecture {architecture:?} of {}", metadata.path.display());
+        Err(Error::Unsupported { what, by, hint })
+    }
+
     /// Reads a description of at most 1 MiB.
     ///
     /// # Errors
@@ -100,6 +132,15 @@ impl Family {
             rules.check().map_err(|(section, key, message)| {
                 bad(path, format!("line {}: {message}", line_of_key(text, &section, key)))
             })?;
+            let table: toml::Table = toml::from_str(text).map_err(wrong)?;
+            if let Some((key, read)) = rules.gguf.as_ref().and_then(|gguf| gguf.unread(&table)) {
+                let read: Vec<&str> = read.iter().map(String::as_str).collect();
+                let line =
+                    line_of_key(text, "gguf.config", key).max(line_of_key(text, "gguf.config", &format!("{key:?}")));
+                let message =
+                    format!("no setting of this family reads {key:?}; those that are read: {}", read.join(", "));
+                return Err(bad(path, format!("line {line}: {message}")));
+            }
             Body::Rules(Box::new(rules))
         };
         Ok(Family { path: path.to_owned(), text: text.to_owned(), body })
@@ -118,6 +159,15 @@ impl Family {
         match &self.body {
             Body::Rules(rules) => &rules.detect.model_type,
             Body::Unsupported(family) => &family.detect.model_type,
+        }
+    }
+
+    /// Values of `general.architecture` in a GGUF file that can mean this family. Empty: it has no section `[gguf]`,
+    /// and reads no such files.
+    pub fn gguf_architectures(&self) -> &[String] {
+        match &self.body {
+            Body::Rules(rules) => rules.gguf.as_ref().map_or(&[], |gguf| &gguf.architecture),
+            Body::Unsupported(_) => &[],
         }
     }
 
@@ -172,6 +222,16 @@ impl Family {
     /// that is not known, [`Error::InvalidConfig`] for sizes out of range.
     pub fn layer_config(&self, path: &Path, json: &[u8], layer: u32) -> Result<MoeConfig> {
         self.moe_config(&ModelConfig::parse(path, json)?, layer)
+    }
+
+    /// The configuration of a layer, from the metadata of a GGUF file.
+    pub(crate) fn gguf_config(&self, metadata: &ModelConfig, layer: u32) -> Result<ModelConfig> {
+        let gguf = self.rules()?.gguf.as_ref().ok_or_else(|| Error::Unsupported {
+            what: format!("the GGUF file {}", metadata.path.display()),
+            by: format!("by family {:?}", self.name()),
+            hint: format!("{} has no section [gguf], see docs/families.md", self.path.display()),
+        })?;
+        gguf.config(Scope { config: metadata, layer, family: self.name() })
     }
 
     /// The layer that `config` describes.

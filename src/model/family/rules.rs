@@ -1,7 +1,8 @@
 //! The sections of a description, and the layer that they and a configuration amount to.
 //! Unknown keys and values are errors.
 
-use super::layout::{FUSED, Layout};
+use super::gguf::GgufRules;
+use super::layout::{self, FUSED, Layout};
 use super::setting::{Scope, Setting};
 use crate::error::{Error, Result};
 use crate::model::activation::{Activation, Form, Function};
@@ -23,6 +24,7 @@ pub(super) struct Rules {
     routing: RoutingRules,
     experts: ExpertRules,
     shared: Option<SharedRules>,
+    pub gguf: Option<GgufRules>,
     pub tensors: BTreeMap<String, Layout>,
 }
 
@@ -318,6 +320,17 @@ impl Rules {
         }
         if self.tensors.is_empty() {
             return Err((String::new(), "tensors", "no layout: add a section such as [tensors.hub]".to_owned()));
+        }
+        match (&self.gguf, self.tensors.keys().find(|name| layout::is_of_gguf(name))) {
+            (Some(_), None) => {
+                let message = "[gguf] needs a layout [tensors.gguf]: the names of tensors in such a file";
+                return Err(("gguf".to_owned(), "architecture", message.to_owned()));
+            }
+            (None, Some(name)) => {
+                let message = "this layout needs [gguf]: what the metadata of such a file mean";
+                return Err((format!("tensors.{name}"), "prefix", message.to_owned()));
+            }
+            _ => {}
         }
         for (name, layout) in &self.tensors {
             let section = format!("tensors.{name}");

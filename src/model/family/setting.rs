@@ -91,7 +91,7 @@ impl<T: DeserializeOwned> Setting<T> {
                 path: scope.config.path.clone(),
                 message: format!(
                     "the configuration lacks {}, which family {:?} reads as {field}",
-                    missing.iter().map(|key| format!("{key:?}")).collect::<Vec<_>>().join(" or "),
+                    scope.config.quoted(&missing),
                     scope.family
                 ),
             }),
@@ -114,13 +114,18 @@ impl<T: DeserializeOwned> Setting<T> {
         }
     }
 
+    /// The keys that the value comes from, without those of defaults and arithmetic.
+    pub fn keys(&self) -> Vec<String> {
+        match &self.rule {
+            Rule::Computed(computed) => computed.keys(),
+            Rule::Literal(_) => Vec::new(),
+        }
+    }
+
     fn typed(&self, value: Value, scope: Scope) -> Result<T> {
         T::deserialize(&value).map_err(|error| {
-            let keys = match &self.rule {
-                Rule::Computed(computed) => computed.keys(),
-                Rule::Literal(_) => Vec::new(),
-            };
-            let what = if keys.is_empty() { "a value".to_owned() } else { quoted(&keys) };
+            let keys = self.keys();
+            let what = if keys.is_empty() { "a value".to_owned() } else { scope.config.quoted(&keys) };
             let message = format!("{what} of the configuration: {error}");
             Error::BadFile { path: scope.config.path.clone(), message }
         })
@@ -185,7 +190,7 @@ impl Computed {
         };
         let bad = |message| Error::BadFile { path: scope.config.path.clone(), message };
         let Some(mut number) = value.as_f64() else {
-            return Err(bad(format!("{} is {value}, expected a number", quoted(&self.keys()))));
+            return Err(bad(format!("{} is {value}, expected a number", scope.config.quoted(&self.keys()))));
         };
         if let Some(power) = self.power {
             number = number.powf(power);
@@ -206,7 +211,7 @@ impl Computed {
         }
         match serde_json::Number::from_f64(number) {
             Some(number) => Ok(Ok(whole(Value::Number(number)))),
-            None => Err(bad(format!("{} leads to {number}, expected a number", quoted(&self.keys())))),
+            None => Err(bad(format!("{} leads to {number}, expected a number", scope.config.quoted(&self.keys())))),
         }
     }
 
@@ -257,10 +262,6 @@ fn whole(value: Value) -> Value {
         Some(number) if value.is_f64() && number.fract() == 0.0 && number.abs() < 9e15 => Value::from(number as i64),
         _ => value,
     }
-}
-
-fn quoted(keys: &[String]) -> String {
-    keys.iter().map(|key| format!("{key:?}")).collect::<Vec<_>>().join(" or ")
 }
 
 impl Key {

@@ -1,8 +1,85 @@
-//! The blocks that GGUF files keep rows in, as packed rows. Nothing is decoded.
+//! The types of GGUF tensors, and the blocks that they keep rows in, as packed rows. Nothing is decoded.
 
 use super::WeightFormat;
 
-/// How a GGUF type cuts rows.
+/// A type of GGUF tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GgmlType {
+    /// In the file.
+    pub number: u32,
+    pub name: &'static str,
+    /// Numbers of a block: rows are whole blocks.
+    pub inputs: u64,
+    /// Bytes of a block.
+    pub bytes: u64,
+}
+
+/// Every type that was published, whether it is read or not: sizes tell where a tensor ends. Numbers 31 to 33 and 36 to
+/// 38 were rows of Q4_0 and IQ4_NL in another order, as large; 4 and 5 were gone before GGUF.
+const TYPES: [GgmlType; 41] = {
+    const fn of(number: u32, name: &'static str, inputs: u64, bytes: u64) -> GgmlType {
+        GgmlType { number, name, inputs, bytes }
+    }
+    [
+        of(0, "F32", 1, 4),
+        of(1, "F16", 1, 2),
+        of(2, "Q4_0", 32, 18),
+        of(3, "Q4_1", 32, 20),
+        of(6, "Q5_0", 32, 22),
+        of(7, "Q5_1", 32, 24),
+        of(8, "Q8_0", 32, 34),
+        of(9, "Q8_1", 32, 36),
+        of(10, "Q2_K", 256, 84),
+        of(11, "Q3_K", 256, 110),
+        of(12, "Q4_K", 256, 144),
+        of(13, "Q5_K", 256, 176),
+        of(14, "Q6_K", 256, 210),
+        of(15, "Q8_K", 256, 292),
+        of(16, "IQ2_XXS", 256, 66),
+        of(17, "IQ2_XS", 256, 74),
+        of(18, "IQ3_XXS", 256, 98),
+        of(19, "IQ1_S", 256, 50),
+        of(20, "IQ4_NL", 32, 18),
+        of(21, "IQ3_S", 256, 110),
+        of(22, "IQ2_S", 256, 82),
+        of(23, "IQ4_XS", 256, 136),
+        of(24, "I8", 1, 1),
+        of(25, "I16", 1, 2),
+        of(26, "I32", 1, 4),
+        of(27, "I64", 1, 8),
+        of(28, "F64", 1, 8),
+        of(29, "IQ1_M", 256, 56),
+        of(30, "BF16", 1, 2),
+        of(31, "Q4_0_4_4", 32, 18),
+        of(32, "Q4_0_4_8", 32, 18),
+        of(33, "Q4_0_8_8", 32, 18),
+        of(34, "TQ1_0", 256, 54),
+        of(35, "TQ2_0", 256, 66),
+        of(36, "IQ4_NL_4_4", 32, 18),
+        of(37, "IQ4_NL_4_8", 32, 18),
+        of(38, "IQ4_NL_8_8", 32, 18),
+        of(39, "MXFP4", 32, 17),
+        of(40, "NVFP4", 64, 36),
+        of(41, "Q1_0", 128, 18),
+        of(42, "Q2_0", 64, 18),
+    ]
+};
+
+impl GgmlType {
+    /// By its number in the file. `None`: newer than this list.
+    pub fn of_number(number: u32) -> Option<Self> {
+        TYPES.iter().copied().find(|known| known.number == number)
+    }
+
+    /// Names of the types whose rows become packed rows, for messages.
+    pub fn readable() -> String {
+        let names: Vec<&str> =
+            TYPES.iter().filter(|known| GgmlBlocks::of_type(known.number).is_some()).map(|known| known.name).collect();
+        names.join(", ")
+    }
+}
+
+/// How a GGUF type that is read cuts rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GgmlBlocks {
     /// The format that holds the same numbers.
@@ -18,18 +95,19 @@ pub(crate) struct GgmlBlocks {
 impl GgmlBlocks {
     /// By the type's number in the file. `None`: it is not read.
     pub fn of_type(number: u32) -> Option<Self> {
-        let blocks = |format, inputs, bytes, name| Some(Self { format, inputs, bytes, name });
-        match number {
-            0 => blocks(WeightFormat::F32, 1, 4, "F32"),
-            1 => blocks(WeightFormat::F16, 1, 2, "F16"),
-            2 => blocks(WeightFormat::Q4_0, 32, 18, "Q4_0"),
-            8 => blocks(WeightFormat::Q8_0, 32, 34, "Q8_0"),
-            12 => blocks(WeightFormat::Q4K, 256, 144, "Q4_K"),
-            14 => blocks(WeightFormat::Q6K, 256, 210, "Q6_K"),
-            30 => blocks(WeightFormat::Bf16, 1, 2, "BF16"),
-            39 => blocks(WeightFormat::Mxfp4, 32, 17, "MXFP4"),
-            _ => None,
-        }
+        let format = match number {
+            0 => WeightFormat::F32,
+            1 => WeightFormat::F16,
+            2 => WeightFormat::Q4_0,
+            8 => WeightFormat::Q8_0,
+            12 => WeightFormat::Q4K,
+            14 => WeightFormat::Q6K,
+            30 => WeightFormat::Bf16,
+            39 => WeightFormat::Mxfp4,
+            _ => return None,
+        };
+        let GgmlType { name, inputs, bytes, .. } = GgmlType::of_number(number)?;
+        Some(Self { format, inputs: inputs as usize, bytes: bytes as usize, name })
     }
 }
 

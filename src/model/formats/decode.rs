@@ -123,8 +123,8 @@ pub(crate) fn may_not_be_finite(format: WeightFormat, layout: &RowLayout, row: &
         WeightFormat::F16 => halves(0).any(|bits| bits & 0x7c00 == 0x7c00),
         WeightFormat::Bf16 => halves(0).any(|bits| bits & 0x7f80 == 0x7f80),
         WeightFormat::Int8(_) | WeightFormat::Int4(_) => too_large(1),
-        // 2^126 times 6 is infinite, and 255 is NaN.
-        WeightFormat::Mxfp4 => bytes(1).iter().any(|&exponent| exponent > 251),
+        // 6 * 2^126 is infinite, and 255 is NaN.
+        WeightFormat::Mxfp4 => bytes(1).iter().any(|&exponent| exponent > 252),
         WeightFormat::Nvfp4 => too_large(1) || bytes(2).iter().any(|&scale| scale & 127 == 127),
         WeightFormat::Fp8 => too_large(1) || bytes(0).iter().any(|&code| code & 127 == 127),
         // With whole scales and codes of at most eight bits, no finite f16 makes anything infinite.

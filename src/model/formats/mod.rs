@@ -12,7 +12,7 @@ mod interleave;
 pub(crate) mod published;
 pub(crate) mod small_floats;
 
-pub(crate) use blocks::{GgmlBlocks, ggml_row};
+pub(crate) use blocks::{GgmlBlocks, GgmlType, ggml_row};
 pub use decode::decode;
 pub(crate) use decode::{decode_matrix, may_not_be_finite};
 pub use encode::{Unrepresentable, encode};
