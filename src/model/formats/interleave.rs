@@ -1,10 +1,19 @@
 //! Packed rows of several columns side by side, as devices read them: region after region, in each the items in the
 //! order of the inputs, and for each item those of all columns.
 
-use super::{ROW, WeightFormat};
+use super::{ROW, Region, WeightFormat};
 
 /// Which column stands in which place of an item's `columns`, given its bits: places in the order of their bits.
 pub(crate) type ColumnOrder = fn(bits: u32, place: usize) -> usize;
+
+/// The regions of `columns` interleaved rows of `inputs` inputs, each with its bytes: padded to a multiple of 4 inputs.
+pub(crate) fn interleaved_regions(format: WeightFormat, inputs: usize, columns: usize) -> Vec<(Region, usize)> {
+    let bytes = |region: Region| {
+        let items = if region.per == ROW { 1 } else { inputs.next_multiple_of(4).div_ceil(region.per as usize) };
+        (region, items * columns * region.bits as usize / 8)
+    };
+    format.layout(inputs).regions.into_iter().map(bytes).collect()
+}
 
 /// Interleaves `rows`, one for each column, `None` for zeros, each of `inputs` inputs. `packed` has
 /// [`WeightFormat::interleaved_bytes`] and is overwritten.
@@ -17,9 +26,7 @@ pub(crate) fn interleave<const N: usize>(
 ) {
     packed.fill(0);
     let mut rest = packed;
-    for region in format.layout(inputs).regions {
-        let items = if region.per == ROW { 1 } else { inputs.next_multiple_of(4).div_ceil(region.per as usize) };
-        let bytes = items * N * region.bits as usize / 8;
+    for (region, bytes) in interleaved_regions(format, inputs, N) {
         let Some((packed, after)) = rest.split_at_mut_checked(bytes) else { return };
         rest = after;
         match region.bits {

@@ -15,7 +15,7 @@ pub(crate) mod small_floats;
 pub(crate) use blocks::{GgmlBlocks, ggml_row};
 pub use decode::decode;
 pub use encode::{Unrepresentable, encode};
-pub(crate) use interleave::{ColumnOrder, interleave};
+pub(crate) use interleave::{ColumnOrder, interleave, interleaved_regions};
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
