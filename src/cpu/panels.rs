@@ -187,15 +187,20 @@ fn place(format: WeightFormat) -> ColumnOrder {
 
 /// Codes of 4 and 2 bits: each word gets its columns of two or four lines, which lie one after the other before.
 fn join_lines(bits: u32, region: &mut [u8]) {
-    if bits > 4 {
-        return;
+    match bits {
+        4 => join::<2>(region),
+        2 => join::<1>(region),
+        _ => {}
     }
-    let part = bits as usize / 2;
+}
+
+/// The same, `BYTES` for each line and word.
+fn join<const BYTES: usize>(region: &mut [u8]) {
     for joined in region.as_chunks_mut::<{ size_of::<Words>() }>().0 {
         let lines = *joined;
-        for (n, part_of_line) in lines.chunks_exact(part).enumerate() {
+        for (n, part) in lines.as_chunks::<BYTES>().0.iter().enumerate() {
             let (line, word) = (n / LANES, n % LANES);
-            joined[word * 4 + line * part..][..part].copy_from_slice(part_of_line);
+            joined[word * 4 + line * BYTES..][..BYTES].copy_from_slice(part);
         }
     }
 }
