@@ -4,7 +4,7 @@ mod support;
 
 use support::assert_close;
 use wgmoe::cpu::CpuLayer;
-use wgmoe::{Activation, Batch, Error, MoeConfig, MoeWeights, Routing, WeightFormat, reference};
+use wgmoe::{Activation, Batch, Error, ExpertWeights, MoeConfig, MoeWeights, Routing, WeightFormat, reference};
 
 /// A small generator: the same values on every machine.
 struct Values(u64);
@@ -66,7 +66,7 @@ fn check(config: &MoeConfig, weights: &MoeWeights, format: WeightFormat, x: &[f3
     let [h, e] = [config.hidden_size(), config.num_experts()].map(|n| n as usize);
     let mut y = vec![f32::NAN; x.len()];
     let decision = layer(config, weights, format).forward_into(x, &mut y).expect("the input is valid");
-    let stored = weights.rounded(config, format).expect("the format holds them");
+    let stored = weights.rounded(config, format).expect("the format holds the weights");
     let mut router = reference::router::router(config, &stored, &Batch::from(x));
 
     assert_close(&format!("{name}: logits"), &decision.router_logits, &router.router_logits, |at| {
@@ -130,6 +130,58 @@ fn every_shape_matches_the_reference() {
     }
 }
 
+/// Sizes that hold whole blocks of every format, and no whole panels.
+const BLOCKS: [([u32; 4], usize); 4] =
+    [([256, 256, 3, 2], 1), ([256, 512, 5, 2], 3), ([512, 256, 4, 2], 37), ([256, 256, 2, 2], 130)];
+
+#[test]
+fn every_format_matches_the_reference() {
+    for (case, (sizes, num_tokens)) in BLOCKS.into_iter().enumerate() {
+        for format in WeightFormat::every() {
+            let mut values = Values(40 + case as u64);
+            let config = config(sizes, true);
+            let weights = weights(&config, &mut values);
+            let x = values.floats(num_tokens * sizes[0] as usize);
+            check(&config, &weights, format, &x, &format!("{sizes:?} {num_tokens} tokens {}", format.name()));
+        }
+    }
+}
+
+/// Formats with blocks of one input hold rows of any length, those with larger ones refuse them.
+#[test]
+fn rows_of_other_lengths_are_refused() {
+    for (sizes, field) in [([250, 256, 3, 2], "gate_proj"), ([256, 250, 3, 2], "down_proj")] {
+        let config = config(sizes, true);
+        let weights = weights(&config, &mut Values(50));
+        for format in WeightFormat::every() {
+            match CpuLayer::new(config.clone(), &weights, format) {
+                Ok(_) => assert_eq!(format.block(), 1, "{format}"),
+                Err(Error::InvalidConfig { field: f, .. }) => assert!(f == field && format.block() > 1, "{format}"),
+                Err(error) => panic!("{format}: {error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_in_memory_are_those_of_the_format() {
+    let config = config([256, 512, 3, 2], true);
+    let weights = weights(&config, &mut Values(51));
+    for (format, bits) in [
+        (WeightFormat::F32, 32.0),
+        (WeightFormat::F16, 16.0),
+        (WeightFormat::INT8, 9.0),
+        (WeightFormat::INT4, 5.0),
+        (WeightFormat::Mxfp4, 4.25),
+        (WeightFormat::Q4K, 4.625),
+        (WeightFormat::Q6K, 6.5625),
+    ] {
+        let layer = layer(&config, &weights, format);
+        assert_eq!(layer.formats(), format.into());
+        assert_eq!(layer.weight_bytes() as f64 * 8.0, bits * (3 * 3 * 256 * 512) as f64, "{format}");
+    }
+}
+
 #[test]
 fn all_tokens_on_one_expert_match_the_reference() {
     let mut values = Values(1);
@@ -174,11 +226,12 @@ fn one_wrong_weight_is_noticed() {
 
 #[test]
 fn a_token_alone_has_the_bits_it_has_in_any_batch() {
-    for (sizes, format) in [
+    let floats = [
         ([300, 72, 8, 2], WeightFormat::F32),
         ([300, 72, 8, 2], WeightFormat::F16),
         ([33, 150, 3, 3], WeightFormat::F32),
-    ] {
+    ];
+    for (sizes, format) in floats {
         let mut values = Values(4);
         let (config, h) = (config(sizes, true), sizes[0] as usize);
         let weights = weights(&config, &mut values);
@@ -192,6 +245,57 @@ fn a_token_alone_has_the_bits_it_has_in_any_batch() {
                 assert!(bits(y) == alone[token], "{sizes:?} {}: token {token} of {num_tokens}", format.name());
             }
         }
+    }
+}
+
+/// As above, for every format: one token, tiles of every height, a batch of 128 that takes several tiles.
+#[test]
+fn a_token_alone_has_the_bits_it_has_in_a_batch_in_every_format() {
+    let config = config([256, 256, 2, 1], true);
+    for format in WeightFormat::every() {
+        let mut values = Values(14);
+        let layer = layer(&config, &weights(&config, &mut values), format);
+        let x = values.floats(128 * 256);
+        let alone: Vec<Vec<u32>> = x.chunks_exact(256).map(|token| bits(&forward(&layer, token))).collect();
+        for num_tokens in [2, 3, 4, 5, 6, 7, 8, 11, 128] {
+            for (token, y) in forward(&layer, &x[..num_tokens * 256]).chunks_exact(256).enumerate() {
+                assert!(bits(y) == alone[token], "{format}: token {token} of {num_tokens}");
+            }
+        }
+    }
+}
+
+/// Each edited layer is the one that is made of the edited weights.
+#[test]
+fn experts_come_and_go_in_every_format() {
+    for format in WeightFormat::every() {
+        let mut values = Values(15);
+        let mut config = config([256, 256, 3, 2], true);
+        let mut weights = weights(&config, &mut values);
+        weights.router_bias = None;
+        let mut layer = layer(&config, &weights, format);
+        let x = values.floats(9 * 256);
+        let before = bits(&forward(&layer, &x));
+        let mut expert = || ExpertWeights {
+            gate_proj: values.floats(256 * 256),
+            up_proj: values.floats(256 * 256),
+            down_proj: values.floats(256 * 256),
+            router_row: values.floats(256),
+            ..ExpertWeights::default()
+        };
+        let (new, other) = (expert(), expert());
+        config = weights.insert_expert(&config, 3, &new).expect("it fits");
+        assert_eq!(layer.add_expert(&new).expect("it fits"), 3);
+        config = weights.remove_expert(&config, 1).expect("it is there");
+        layer.remove_expert(1).expect("it is there");
+        config = weights.remove_expert(&config, 0).expect("it is there");
+        config = weights.insert_expert(&config, 0, &other).expect("it fits");
+        layer.replace_expert(0, &other).expect("it fits");
+        let anew = self::layer(&config, &weights, format);
+        assert_eq!((layer.config(), layer.weight_bytes()), (&config, anew.weight_bytes()), "{format}");
+        let (edited, anew) = (bits(&forward(&layer, &x)), bits(&forward(&anew, &x)));
+        assert!(edited == anew, "{format}");
+        assert!(edited != before, "{format}: these are other experts");
     }
 }
 

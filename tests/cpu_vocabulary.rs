@@ -130,7 +130,11 @@ fn random_extras(v: &mut Values, num_experts: u32) -> LayerExtras {
 
 /// A random layer; None if the numbers contradict each other.
 fn random_config(v: &mut Values) -> Option<MoeConfig> {
-    let [hidden, intermediate, num_experts] = [1 + v.below(70), 1 + v.below(70), 1 + v.below(24)];
+    let [mut hidden, mut intermediate, num_experts] = [1 + v.below(70), 1 + v.below(70), 1 + v.below(24)];
+    if v.once_in(4) {
+        // Whole blocks of most formats.
+        [hidden, intermediate] = [hidden, intermediate].map(|n| n.next_multiple_of(32));
+    }
     let top_k = 1 + v.below(num_experts.min(8));
     let routing = random_routing(v, num_experts, top_k);
     let top_k = if routing.is_dense() { num_experts } else { top_k };
@@ -139,6 +143,12 @@ fn random_config(v: &mut Values) -> Option<MoeConfig> {
     let extras = random_extras(v, num_experts);
     // Three in four layers have surroundings, and not all of them at once.
     if v.once_in(4) { Some(config) } else { config.with_extras(extras).ok() }
+}
+
+/// One that packs rows of these lengths.
+fn random_format(config: &MoeConfig, v: &mut Values) -> WeightFormat {
+    let fits = |format: &WeightFormat| LayerFormats::from(*format).check(config).is_ok();
+    v.pick(&WeightFormat::every().into_iter().filter(fits).collect::<Vec<_>>())
 }
 
 fn random_weights(config: &MoeConfig, v: &mut Values) -> MoeWeights {
@@ -498,19 +508,17 @@ const NOTICED: [&str; 62] = [
 
 #[test]
 fn random_layers_are_those_of_the_reference() {
-    let mut v = Values(11);
+    let mut v = Values(12);
     let (mut noticed, mut seen) = (BTreeSet::new(), BTreeSet::new());
     let (mut cases, mut other_choices) = (0, 0);
     while cases < 3000 {
         let Some(config) = random_config(&mut v) else { continue };
         let weights = random_weights(&config, &mut v);
-        // Those that hold rows of these lengths.
-        let possible = WeightFormat::ALL.iter().copied().filter(|&f| LayerFormats::from(f).check(&config).is_ok());
-        let format = v.pick(&possible.collect::<Vec<_>>());
+        let format = random_format(&config, &mut v);
         let input = Input::random(&config, &mut v);
         let batch = input.batch();
         let layer = CpuLayer::new(config.clone(), &weights, format).expect("the weights are valid");
-        let stored = weights.rounded(&config, format).expect("the format holds them");
+        let stored = weights.rounded(&config, format).expect("the format holds the weights");
         let expected = reference::moe_forward(&config, &stored, batch);
         let (decision, y) = forward(&layer, &batch);
         let has_logits = !matches!(batch.front, Front::Assignments { .. });
@@ -569,16 +577,16 @@ fn random_layers_are_those_of_the_reference() {
             Selection::ExpertChoice => "choices: expert choice",
             other => panic!("{other:?} is not in the vocabulary of this test"),
         });
-        if format.block() == 1 {
-            seen.insert((config.activation().name().to_owned(), format.name()));
-        }
-        seen.insert((format!("{:?}", config.routing().scores), "scores".to_owned()));
+        seen.insert((config.activation().name(), "activation"));
+        seen.insert((format.name(), "format"));
+        seen.insert((format!("{:?}", config.routing().scores), "scores"));
     }
     let missing: Vec<&str> = NOTICED.into_iter().filter(|name| !noticed.contains(name)).collect();
     assert!(missing.is_empty(), "nothing noticed a change of {missing:?}");
     assert_eq!(noticed.len(), NOTICED.len(), "{noticed:?}");
-    let anywhere = WeightFormat::ALL.iter().filter(|format| format.block() == 1).count();
-    assert_eq!(seen.len(), anywhere * Activation::examples().len() + SCORES.len(), "{seen:?}");
+    // Blocks of 128 and of 256 inputs are longer than these rows.
+    let num_formats = WeightFormat::every().into_iter().filter(|format| format.block() <= 64).count();
+    assert_eq!(seen.len(), Activation::examples().len() + num_formats + SCORES.len(), "{seen:?}");
     assert!(other_choices * 500 < cases, "{other_choices} of {cases} layers chose otherwise");
 }
 
@@ -647,7 +655,7 @@ fn edited_layers_are_those_made_anew() {
     while edits < 1000 {
         let Some(mut config) = random_config(&mut v) else { continue };
         let mut weights = random_weights(&config, &mut v);
-        let format = v.pick(WeightFormat::ALL);
+        let format = random_format(&config, &mut v);
         let mut layer = CpuLayer::new(config.clone(), &weights, format).expect("the weights are valid");
         for _ in 0..4 {
             let expert = random_expert(&config, &weights, &mut v);

@@ -2,12 +2,12 @@
 //! and weights do not depend on the edited expert.
 
 use super::CpuLayer;
-use super::experts::{Experts, Tensors};
+use super::experts::{Biases, Experts};
 use super::panels::Panels;
-use super::router::pack_rows;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
-use crate::model::weights::{ExpertWeights, OptionalTensors, check_expert_id, splice_row};
+use crate::model::source::{ExpertKind, ExpertMatrix, HostSource, Projection, read_expert};
+use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors, check_expert_id, splice_row};
 
 impl CpuLayer {
     /// Adds an expert after the others that have weights, and returns its id; those without weights move up by one.
@@ -81,26 +81,30 @@ impl CpuLayer {
             down_bias: self.experts.down.has_bias(),
             output_bias: false, // not about experts
         })?;
-        let tensors = Tensors {
-            activation: self.config.activation(),
-            num_experts: 1,
-            size: self.config.expert_size() as usize,
-            intermediate_size: self.config.intermediate_size() as usize,
-            gate: &expert.gate_proj,
-            up: &expert.up_proj,
-            down: &expert.down_proj,
-            gate_bias: expert.gate_bias.as_deref(),
-            up_bias: expert.up_bias.as_deref(),
-            down_bias: expert.down_bias.as_deref(),
+        let weights = MoeWeights {
+            gate_proj: expert.gate_proj.clone(),
+            up_proj: expert.up_proj.clone(),
+            down_proj: expert.down_proj.clone(),
+            ..MoeWeights::default()
         };
-        Experts::pack(tensors, self.format)
+        let mut source = HostSource { config: &self.config, weights: &weights, formats: self.formats };
+        let mut packed = super::routed_experts(&self.config, &self.formats);
+        for projection in [Projection::First, Projection::Down] {
+            let matrix = ExpertMatrix { kind: ExpertKind::Routed, projection, expert: 0 };
+            packed.push(projection, &read_expert(&mut source, matrix)?)?;
+        }
+        Ok(packed.with_biases(Biases {
+            gate: expert.gate_bias.as_deref(),
+            up: expert.up_bias.as_deref(),
+            down: expert.down_bias.as_deref(),
+        }))
     }
 }
 
 /// A matrix of the router with other rows at `at`. Its columns lie side by side in a panel, so all of it is packed
 /// anew: it is small.
 fn spliced(matrix: &Panels, at: usize, removed: usize, inserted: &[f32]) -> Result<Panels> {
-    let mut rows = matrix.unpack(0);
+    let mut rows = matrix.unpack(pulp::Scalar, 0);
     splice_row(&mut rows, matrix.depth, at, removed, inserted);
-    pack_rows(&rows, matrix.depth)
+    Panels::of_rows(&rows, matrix.depth)
 }

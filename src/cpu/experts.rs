@@ -5,9 +5,10 @@ use super::chunks::Chunk;
 use super::kernel::Product;
 use super::panels::{Line, Panels, WIDTH};
 use super::shared::SharedSlice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::activation::Activation;
 use crate::model::formats::WeightFormat;
+use crate::model::source::{PackedRows, Projection};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -26,45 +27,80 @@ pub(super) struct Experts {
     pub down: Panels,
 }
 
-/// Where the weights of [`Experts`] come from, shapes as in [`crate::MoeWeights`].
-#[derive(Clone, Copy)]
-pub(super) struct Tensors<'a> {
-    pub activation: Activation,
-    pub num_experts: usize,
-    /// Width of what they read and write.
-    pub size: usize,
-    pub intermediate_size: usize,
-    pub gate: &'a [f32],
-    pub up: &'a [f32],
-    pub down: &'a [f32],
-    pub gate_bias: Option<&'a [f32]>,
-    pub up_bias: Option<&'a [f32]>,
-    pub down_bias: Option<&'a [f32]>,
+/// What is added to their projections, shapes as in [`crate::MoeWeights`].
+#[derive(Clone, Copy, Default)]
+pub(super) struct Biases<'a> {
+    pub gate: Option<&'a [f32]>,
+    pub up: Option<&'a [f32]>,
+    pub down: Option<&'a [f32]>,
 }
 
 impl Experts {
-    pub fn pack(tensors: Tensors<'_>, format: WeightFormat) -> Result<Self> {
-        let Tensors { activation, num_experts: e, size: d, intermediate_size: i, .. } = tensors;
-        let gated = activation.is_gated();
-        let columns = if gated { i.div_ceil(PAIRS) * WIDTH } else { i };
-        // Whether a column of the panels is a gate, and which one of the matrix it is.
-        let place = |column: usize| {
-            let (panel, j) = (column / WIDTH, column % WIDTH);
-            if gated { (j < PAIRS, panel * PAIRS + j % PAIRS) } else { (false, column) }
+    /// None yet. They will read and write rows of `size`; `formats` are those of the first and second projections.
+    pub fn new(activation: Activation, [size, intermediate_size]: [usize; 2], formats: [WeightFormat; 2]) -> Self {
+        let columns = match activation.is_gated() {
+            true => intermediate_size.div_ceil(PAIRS) * WIDTH,
+            false => intermediate_size,
         };
-        let first = Panels::pack(format, e, [columns, d], |expert, column| {
-            let (is_gate, column) = place(column);
-            let source = if is_gate { tensors.gate } else { tensors.up };
-            (column < i).then(|| &source[(expert * i + column) * d..][..d])
-        })?
-        .with_bias(tensors.up_bias.is_some(), |expert, column| {
-            let (is_gate, column) = place(column);
-            let source = if is_gate { tensors.gate_bias } else { tensors.up_bias };
-            source.filter(|_| column < i).map_or(0.0, |bias| bias[expert * i + column])
+        let first = Panels::new(formats[0], [columns, size]);
+        let down = Panels::new(formats[1], [size, intermediate_size]);
+        Self { activation, intermediate_size, first, down }
+    }
+
+    /// Adds one projection of one more expert.
+    pub fn push(&mut self, projection: Projection, rows: &PackedRows) -> Result<()> {
+        let is_first = projection == Projection::First;
+        let num_rows = if is_first { self.intermediate_size } else { self.down.columns };
+        let row_bytes = if is_first { self.first.row_bytes() } else { self.down.row_bytes() };
+        let gate = rows.1.as_ref().map(|_| &rows.0);
+        let up = rows.1.as_ref().unwrap_or(&rows.0);
+        for bytes in gate.into_iter().chain([up]) {
+            if bytes.len() != num_rows * row_bytes {
+                return Err(Error::LengthMismatch {
+                    tensor: if is_first { "the first projection of an expert" } else { "down_proj of an expert" },
+                    shape: format!("[{num_rows}, {row_bytes}] bytes"),
+                    expected: num_rows * row_bytes,
+                    found: bytes.len(),
+                });
+            }
+        }
+        fn row(bytes: &[u8], n: usize, row_bytes: usize) -> Option<&[u8]> {
+            bytes.get(n * row_bytes..(n + 1) * row_bytes)
+        }
+        match (is_first, gate) {
+            (true, Some(gate)) if self.activation.is_gated() => self.first.push(|column| {
+                let (is_gate, n) = place(column);
+                row(if is_gate { gate } else { up }, n, row_bytes)
+            }),
+            (true, _) => self.first.push(|n| row(up, n, row_bytes)),
+            (false, _) => self.down.push(|n| row(up, n, row_bytes)),
+        }
+    }
+
+    /// The same with something to add.
+    pub fn with_biases(self, biases: Biases<'_>) -> Self {
+        let Self { activation, intermediate_size: i, first, down } = self;
+        let first = first.with_bias(biases.up.is_some(), |expert, column| {
+            let (is_gate, n) = if activation.is_gated() { place(column) } else { (false, column) };
+            let bias = if is_gate { biases.gate } else { biases.up };
+            bias.filter(|_| n < i).map_or(0.0, |bias| bias[expert * i + n])
         });
-        let down = Panels::pack(format, e, [d, i], |e, n| Some(&tensors.down[(e * d + n) * i..][..i]))?
-            .with_bias(tensors.down_bias.is_some(), |e, n| tensors.down_bias.map_or(0.0, |bias| bias[e * d + n]));
-        Ok(Self { activation, intermediate_size: i, first, down })
+        let size = down.columns;
+        let down = down.with_bias(biases.down.is_some(), |expert, n| biases.down.map_or(0.0, |b| b[expert * size + n]));
+        Self { activation, intermediate_size: i, first, down }
+    }
+
+    /// Bytes of all their matrices.
+    pub fn bytes(&self) -> u64 {
+        self.first.bytes() + self.down.bytes()
+    }
+
+    /// Bytes of one projection of an expert.
+    pub fn bytes_of(&self, projection: Projection) -> u64 {
+        match projection {
+            Projection::First => self.first.expert_bytes(),
+            Projection::Down => self.down.expert_bytes(),
+        }
     }
 
     /// Makes room for one more, so that [`Experts::splice`] cannot fail.
@@ -79,6 +115,12 @@ impl Experts {
         self.first.splice(at, removed, first);
         self.down.splice(at, removed, down);
     }
+}
+
+/// Whether a column of the first panels, where there are gates, is one, and which one of its matrix it is.
+fn place(column: usize) -> (bool, usize) {
+    let (panel, j) = (column / WIDTH, column % WIDTH);
+    (j < PAIRS, panel * PAIRS + j % PAIRS)
 }
 
 /// `intermediate[r, i] = act(s * x[r, :] . gate_proj[expert, i] + gate_bias, s * x[r, :] . up_proj[expert, i] + up_bias)`
@@ -201,6 +243,7 @@ mod tests {
     use crate::cpu::activate::instruction_sets;
     use crate::cpu::chunks::{CHUNK_ROWS, TILE_ROWS, chunks};
     use crate::cpu::permute::pack;
+    use crate::model::formats;
 
     /// Both stages' matmul, element by element, for every number of rows in a tile and around every block length.
     #[test]
@@ -217,8 +260,11 @@ mod tests {
                 let (depth, columns) = (depths[case % depths.len()], [1, 63, 64, 65, 140][case % 5]);
                 let w: Vec<f32> = (0..2 * columns * depth).map(|_| value()).collect();
                 let x: Vec<f32> = (0..rows * depth).map(|_| value()).collect();
-                let row = |e, n| Some(&w[(e * columns + n) * depth..][..depth]);
-                let weights = Panels::pack(WeightFormat::F32, 2, [columns, depth], row).expect("the memory is there");
+                let mut weights = Panels::new(WeightFormat::F32, [columns, depth]);
+                for w in w.chunks_exact(columns * depth) {
+                    let row = |n: usize| w.get(n * depth..(n + 1) * depth).map(bytemuck::cast_slice);
+                    weights.push(row).expect("the memory is there");
+                }
                 let offsets = [0, rows / 3, rows];
                 let chunks = chunks(&offsets);
                 let (mut packed, mut out) = (vec![f32::NAN; x.len()], vec![f32::NAN; rows * columns]);
@@ -231,6 +277,51 @@ mod tests {
                     let bound = 4.0 * (depth as f64).sqrt() / 16_777_216.0 * products().map(f64::abs).sum::<f64>();
                     let difference = (f64::from(got) - products().sum::<f64>()).abs();
                     assert!(difference <= bound, "{rows} rows, depth {depth}, row {r}, column {n}: {difference}");
+                }
+            }
+        }
+    }
+
+    /// Every output is one chain of multiply-adds over ascending inputs, of weights as the reference decodes them:
+    /// whatever the format, the rows beside it and the way that weights take into the multiplication.
+    #[test]
+    fn products_are_one_chain_of_multiply_adds_in_every_format() {
+        let mut state = 5u32;
+        let mut value = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let columns = 70;
+        for format in WeightFormat::every() {
+            let depth = if format.block() == 1 { 301 } else { 512 };
+            let w: Vec<f32> = (0..columns * depth).map(|_| value()).collect();
+            let packed = formats::encode(format, depth, &w).expect("moderate values");
+            let stored = formats::decode(format, depth, &packed);
+            let row_bytes = format.layout(depth).bytes;
+            let mut weights = Panels::new(format, [columns, depth]);
+            weights.push(|n| packed.get(n * row_bytes..(n + 1) * row_bytes)).expect("the memory is there");
+            for rows in (1..=TILE_ROWS + 1).chain([2 * TILE_ROWS]) {
+                let x: Vec<f32> = (0..rows * depth).map(|_| value()).collect();
+                let chunks = chunks(&[0, rows]);
+                let mut packed = vec![f32::NAN; x.len()];
+                pack(&chunks, &mut packed, |r| &x[r * depth..][..depth]);
+                for simd in instruction_sets() {
+                    let chain = |r: usize, n: usize| {
+                        let products = x[r * depth..][..depth].iter().zip(&stored[n * depth..][..depth]);
+                        let is_fused = !matches!(simd, Arch::Scalar);
+                        products.fold(0.0f32, |sum, (x, w)| if is_fused { x.mul_add(*w, sum) } else { x * w + sum })
+                    };
+                    let mut out = vec![f32::NAN; rows * columns];
+                    project(simd, &weights, &chunks, &packed, &mut out);
+                    for r in 0..rows {
+                        for n in [0, 15, 16, 31, 32, 47, 63, 64, 69] {
+                            let (got, expected) = (out[r * columns + n], chain(r, n));
+                            assert!(
+                                got.to_bits() == expected.to_bits(),
+                                "{format}, {simd:?}: row {r} of {rows}, column {n}: {got} instead of {expected}"
+                            );
+                        }
+                    }
                 }
             }
         }

@@ -10,13 +10,17 @@
 //! ```
 //!
 //! Departures from it: `k` advances in blocks, so that a block of weights stays in the L1 cache for all tiles of the
-//! chunk and f16 weights are decoded once for all of them; between blocks the accumulators wait in memory, which
-//! does not change their bits.
+//! chunk and packed weights are decoded once for all of them; between blocks the accumulators wait in memory, which
+//! does not change their bits. A single tile whose accumulators all fit into the registers has no blocks: weights are
+//! decoded on their way into the multiplication (`Tile`).
 
 use super::chunks::{CHUNK_ROWS, Chunk, TILE_ROWS};
+use super::decode::{Codec, Group};
+use super::panel::{Panel, WithCodec};
 use super::panels::{Line, Panels, WIDTH};
+use super::widen::has_halves;
 use bytemuck::Zeroable;
-use pulp::Simd;
+use pulp::{NullaryFnOnce, Simd};
 
 /// Lines of weights worked on at a time by several tiles: 32 KiB, about a core's L1 cache.
 const DEPTH_BLOCK: usize = 128;
@@ -38,20 +42,48 @@ impl Product<'_> {
     #[inline(always)]
     pub fn for_each_row<S: Simd>(self, simd: S, mut use_sums: impl FnMut(usize, &Line)) {
         let Product { weights, panel, chunk, x } = self;
-        let depth = weights.depth;
-        let mut sums = [Line::zeroed(); CHUNK_ROWS];
-        let mut decoded = [Line::zeroed(); DEPTH_BLOCK];
-        let block = if chunk.rows.len() > TILE_ROWS { DEPTH_BLOCK } else { STREAMED_BLOCK };
-        for k in (0..depth).step_by(block) {
-            let lines = weights.lines(chunk.expert, panel, k, &mut decoded[..block]);
-            for rows in chunk.tiles() {
-                let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.len() * rows.len()];
-                let sums = &mut sums[rows.start - chunk.rows.start..][..rows.len()];
-                multiply(simd, lines, x, sums);
-            }
+        let (rows, depth) = (chunk.rows.clone(), weights.depth);
+        let panel = weights.panel(chunk.expert, panel);
+        // No more than are needed: clearing those of a whole chunk would take as long as a row does.
+        let (mut few, mut many);
+        let sums: &mut [Line] = if rows.len() <= TILE_ROWS {
+            few = [Line::zeroed(); TILE_ROWS];
+            &mut few[..rows.len()]
+        } else {
+            many = [Line::zeroed(); CHUNK_ROWS];
+            &mut many[..rows.len()]
+        };
+        let x = &x[rows.start * depth..rows.end * depth];
+        if fits_registers::<S>(rows.len()) && (has_halves::<S>() || !panel.is_f16()) {
+            panel.read(Tile { simd, depth, x, sums });
+        } else if rows.len() <= TILE_ROWS {
+            multiply_blocks(simd, panel, chunk, x, &mut [Line::zeroed(); STREAMED_BLOCK], sums);
+        } else {
+            multiply_blocks(simd, panel, chunk, x, &mut [Line::zeroed(); DEPTH_BLOCK], sums);
         }
-        for (row, sums) in chunk.rows.clone().zip(&sums) {
+        for (row, sums) in rows.zip(&*sums) {
             use_sums(row, sums);
+        }
+    }
+}
+
+/// `sums [rows of the chunk]`, in blocks of as many lines as there are in `decoded`; `x` are the chunk's rows.
+#[inline(always)]
+fn multiply_blocks<S: Simd>(
+    simd: S,
+    panel: Panel<'_>,
+    chunk: &Chunk,
+    x: &[f32],
+    decoded: &mut [Line],
+    sums: &mut [Line],
+) {
+    let (depth, first) = (x.len() / chunk.rows.len(), chunk.rows.start);
+    for k in (0..depth).step_by(decoded.len()) {
+        let lines = panel.lines(simd, k, decoded);
+        for rows in chunk.tiles() {
+            let rows = rows.start - first..rows.end - first;
+            let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.len() * rows.len()];
+            multiply(simd, lines, x, &mut sums[rows]);
         }
     }
 }
@@ -101,6 +133,98 @@ fn multiply_vectors<S: Simd, const R: usize, const V: usize>(simd: S, lines: &[L
         }
         for (acc, sums) in acc.iter().zip(&mut *sums) {
             S::as_mut_simd_f32s(&mut sums.0).0[first..first + V].copy_from_slice(acc);
+        }
+    }
+}
+
+/// The accumulators of as many rows, for all of a panel's columns, leave room for weights and what they are made of.
+const fn fits_registers<S: Simd>(rows: usize) -> bool {
+    rows <= TILE_ROWS && rows * (WIDTH / S::F32_LANES) + 8 <= S::REGISTER_COUNT
+}
+
+/// `sums[r] = sum over k of x[k, r] * w[k]`; `x [depth, R]`, `sums [R]`.
+struct Tile<'a, S> {
+    simd: S,
+    depth: usize,
+    x: &'a [f32],
+    sums: &'a mut [Line],
+}
+
+impl<S: Simd> WithCodec for Tile<'_, S> {
+    fn with_codec<C: Codec>(self, codec: C) {
+        let simd = self.simd;
+        match self.sums.len() {
+            1 if const { fits_registers::<S>(1) } => simd.vectorize(TileRows::<S, C, 1> { tile: self, codec }),
+            2 if const { fits_registers::<S>(2) } => simd.vectorize(TileRows::<S, C, 2> { tile: self, codec }),
+            3 if const { fits_registers::<S>(3) } => simd.vectorize(TileRows::<S, C, 3> { tile: self, codec }),
+            4 if const { fits_registers::<S>(4) } => simd.vectorize(TileRows::<S, C, 4> { tile: self, codec }),
+            5 if const { fits_registers::<S>(5) } => simd.vectorize(TileRows::<S, C, 5> { tile: self, codec }),
+            6 if const { fits_registers::<S>(6) } => simd.vectorize(TileRows::<S, C, 6> { tile: self, codec }),
+            rows => unreachable!("{rows} rows do not fit into the registers"),
+        }
+    }
+}
+
+/// The same, with the processor's instructions.
+struct TileRows<'a, S, C, const R: usize> {
+    tile: Tile<'a, S>,
+    codec: C,
+}
+
+impl<S: Simd, C: Codec, const R: usize> NullaryFnOnce for TileRows<'_, S, C, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        match const { WIDTH / S::F32_LANES } {
+            4 => multiply_tile::<S, C, R, 4>(self.tile, self.codec),
+            8 => multiply_tile::<S, C, R, 8>(self.tile, self.codec),
+            16 => multiply_tile::<S, C, R, 16>(self.tile, self.codec),
+            vectors => unreachable!("{vectors} accumulators do not fit into the registers"),
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply_tile<S: Simd, C: Codec, const R: usize, const V: usize>(tile: Tile<'_, S>, codec: C) {
+    let Tile { simd, depth, x, sums } = tile;
+    let (x, _) = x.as_chunks::<R>();
+    let group_lines = codec.group_lines().min(depth);
+    let mut acc = [[simd.splat_f32s(0.0); V]; R];
+    for (start, x) in (0..depth).step_by(group_lines).zip(x.chunks(group_lines)) {
+        let group = codec.group::<S, V>(simd, start);
+        for (k, x) in (start..).step_by(C::STEP).zip(x.chunks_exact(C::STEP)) {
+            // Written out: where a code lies has to be known when this is compiled.
+            multiply_line(simd, codec, k, 0, &group, x, &mut acc);
+            if C::STEP > 1 {
+                multiply_line(simd, codec, k, 1, &group, x, &mut acc);
+            }
+            if C::STEP > 2 {
+                multiply_line(simd, codec, k, 2, &group, x, &mut acc);
+                multiply_line(simd, codec, k, 3, &group, x, &mut acc);
+            }
+        }
+    }
+    for (acc, sums) in acc.iter().zip(sums) {
+        S::as_mut_simd_f32s(&mut sums.0).0.copy_from_slice(acc);
+    }
+}
+
+/// `acc[r] += x[step, r] * w[k + step]`
+#[inline(always)]
+fn multiply_line<S: Simd, C: Codec, const R: usize, const V: usize>(
+    simd: S,
+    codec: C,
+    k: usize,
+    step: usize,
+    group: &Group<S, V>,
+    x: &[[f32; R]],
+    acc: &mut [[S::f32s; V]; R],
+) {
+    for v in 0..V {
+        let w = codec.vector(simd, k, step, v, group);
+        for r in 0..R {
+            acc[r][v] = simd.mul_add_e_f32s(simd.splat_f32s(x[step][r]), w, acc[r][v]);
         }
     }
 }

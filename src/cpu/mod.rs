@@ -15,16 +15,19 @@ mod activate;
 mod capacity;
 mod chunks;
 mod combine;
+mod decode;
 mod edit;
 mod experts;
 mod kernel;
 mod norm;
+mod panel;
 mod panels;
 mod permute;
 mod roofline;
 mod router;
 mod shared;
 mod statistics;
+mod widen;
 
 pub(crate) use roofline::dense_matmul;
 pub use roofline::{Roofline, roofline};
@@ -33,13 +36,14 @@ pub use statistics::statistics;
 use crate::error::{Error, Result};
 use crate::model::batch::{Batch, Front};
 use crate::model::config::{MoeConfig, SharedExperts};
-use crate::model::formats::WeightFormat;
+use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::noise;
 use crate::model::routing::{Noise, RoutingDecision};
+use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, HostSource, Projection, read_ahead};
 use crate::model::weights::MoeWeights;
 use chunks::{Chunk, chunks};
 use combine::Finish;
-use experts::{Experts, Tensors};
+use experts::{Biases, Experts};
 use norm::RmsNorm;
 use panels::Panels;
 use permute::pack;
@@ -53,7 +57,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct CpuLayer {
     config: MoeConfig,
-    format: WeightFormat,
+    formats: LayerFormats,
     simd: pulp::Arch,
     router: Router,
     experts: Experts,
@@ -113,63 +117,68 @@ impl Clock {
 }
 
 impl CpuLayer {
+    /// Packs `weights` for this processor. `format` is how expert weights are stored; sums are f32 in any case.
+    ///
+    /// Errors: what [`MoeWeights::validate`] finds, weights that the format cannot hold, memory that cannot be had.
+    pub fn new(config: MoeConfig, weights: &MoeWeights, format: WeightFormat) -> Result<Self> {
+        weights.validate(&config, format)?;
+        let mut source = HostSource { config: &config, weights, formats: format.into() };
+        Self::from_source(config.clone(), weights, &mut source, &mut |_, _| {})
+    }
+
+    /// The matrices of experts from `source`, in its formats, one by one; everything else from `weights`, which are
+    /// checked. `progress(done, total)` is told of their bytes.
     pub(crate) fn from_source(
         config: MoeConfig,
         weights: &MoeWeights,
-        source: &mut dyn crate::model::source::ExpertSource,
+        source: &mut dyn ExpertSource,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        progress(0, 0);
-        Self::new(config, weights, source.formats().gate_up)
-    }
-
-    pub(crate) fn formats(&self) -> crate::LayerFormats {
-        self.format.into()
-    }
-
-    pub(crate) fn weight_bytes(&self) -> u64 {
-        0
-    }
-
-    /// Packs `weights` for this processor. `format` is how expert weights are stored; sums are f32 in any case.
-    ///
-    /// Errors: what [`MoeWeights::validate`] finds, memory that cannot be had.
-    pub fn new(config: MoeConfig, weights: &MoeWeights, format: WeightFormat) -> Result<Self> {
-        weights.validate(&config, format)?;
+        let formats = source.formats();
+        formats.check(&config)?;
         let (extras, surroundings) = (&weights.extras, config.extras());
-        let experts = Tensors {
-            activation: config.activation(),
-            num_experts: config.num_weighted_experts() as usize,
-            size: config.expert_size() as usize,
-            intermediate_size: config.intermediate_size() as usize,
-            gate: &weights.gate_proj,
-            up: &weights.up_proj,
-            down: &weights.down_proj,
-            gate_bias: extras.gate_bias.as_deref(),
-            up_bias: extras.up_bias.as_deref(),
-            down_bias: extras.down_bias.as_deref(),
+        let mut experts = routed_experts(&config, &formats);
+        let mut shared = surroundings.shared.map(|shared| shared_experts(&config, &shared, &formats));
+        let num_shared = surroundings.shared.map_or(0, |shared| shared.num);
+        let mut matrices = Vec::new();
+        for (kind, num) in [(ExpertKind::Routed, config.num_weighted_experts()), (ExpertKind::Shared, num_shared)] {
+            for expert in 0..num as usize {
+                matrices.extend([Projection::First, Projection::Down].map(|projection| ExpertMatrix {
+                    kind,
+                    projection,
+                    expert,
+                }));
+            }
+        }
+        let bytes = |matrix: &ExpertMatrix| match matrix.kind {
+            ExpertKind::Routed => experts.bytes_of(matrix.projection),
+            ExpertKind::Shared => shared.as_ref().map_or(0, |shared| shared.bytes_of(matrix.projection)),
         };
-        let shared = |shared: SharedExperts| Tensors {
-            activation: shared.activation,
-            num_experts: shared.num as usize,
-            size: config.hidden_size() as usize,
-            intermediate_size: shared.intermediate_size as usize,
-            gate: &extras.shared_gate_proj,
-            up: &extras.shared_up_proj,
-            down: &extras.shared_down_proj,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
+        let total = matrices.iter().map(bytes).sum();
+        let mut coming = matrices.iter();
+        pollster::block_on(read_ahead(source, &matrices, async |rows| {
+            let Some(matrix) = coming.next() else { return Ok(()) };
+            match (matrix.kind, &mut shared) {
+                (ExpertKind::Shared, Some(shared)) => shared.push(matrix.projection, &rows)?,
+                _ => experts.push(matrix.projection, &rows)?,
+            }
+            progress(experts.bytes() + shared.as_ref().map_or(0, Experts::bytes), total);
+            Ok(())
+        }))?;
+        let biases = Biases {
+            gate: extras.gate_bias.as_deref(),
+            up: extras.up_bias.as_deref(),
+            down: extras.down_bias.as_deref(),
         };
         let [h, d] = [config.hidden_size(), config.expert_size()].map(|n| n as usize);
         let matrix =
-            |rows: &Option<Vec<f32>>, width| rows.as_deref().map(|rows| router::pack_rows(rows, width)).transpose();
+            |rows: &Option<Vec<f32>>, width| rows.as_deref().map(|rows| Panels::of_rows(rows, width)).transpose();
         Ok(Self {
-            format,
+            formats,
             simd: pulp::Arch::new(),
             router: Router::pack(&config, weights)?,
-            experts: Experts::pack(experts, format)?,
-            shared: surroundings.shared.map(|experts| Experts::pack(shared(experts), format)).transpose()?,
+            experts: experts.with_biases(biases),
+            shared,
             latent_in: matrix(&extras.latent_in, h)?,
             latent_out: matrix(&extras.latent_out, d)?,
             router_norm: RmsNorm::new(surroundings.router_norm, &extras.router_norm),
@@ -189,8 +198,13 @@ impl CpuLayer {
     }
 
     /// How the expert weights are stored.
-    pub fn format(&self) -> WeightFormat {
-        self.format
+    pub fn formats(&self) -> LayerFormats {
+        self.formats
+    }
+
+    /// Bytes of the experts' matrices, shared ones included, as they are stored.
+    pub fn weight_bytes(&self) -> u64 {
+        self.experts.bytes() + self.shared.as_ref().map_or(0, Experts::bytes)
     }
 
     /// The layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]`; `num_tokens` follows from the
@@ -445,6 +459,18 @@ impl CpuLayer {
     }
 }
 
+/// The experts that tokens are routed to; none yet.
+fn routed_experts(config: &MoeConfig, formats: &LayerFormats) -> Experts {
+    let sizes = [config.expert_size(), config.intermediate_size()].map(|n| n as usize);
+    Experts::new(config.activation(), sizes, [formats.gate_up, formats.down])
+}
+
+/// Those of every token; none yet.
+fn shared_experts(config: &MoeConfig, shared: &SharedExperts, formats: &LayerFormats) -> Experts {
+    let sizes = [config.hidden_size(), shared.intermediate_size].map(|n| n as usize);
+    Experts::new(shared.activation, sizes, [formats.shared_gate_up, formats.shared_down])
+}
+
 /// The first `len` elements of `buffer`, which grows if it must. What they hold is left over from earlier.
 fn reserve(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
     if buffer.len() < len {
@@ -454,3 +480,6 @@ fn reserve(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
     }
     Ok(&mut buffer[..len])
 }
+
+#[cfg(test)]
+mod tests;

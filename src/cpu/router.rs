@@ -5,7 +5,6 @@ use crate::error::{Error, Result};
 use crate::model::activation::sigmoid;
 use crate::model::batch::Batch;
 use crate::model::config::{MoeConfig, SharedGate};
-use crate::model::formats::WeightFormat;
 use crate::model::noise;
 use crate::model::routing::{
     DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing, RoutingDecision, Scores,
@@ -32,7 +31,7 @@ pub(super) struct Router {
 impl Router {
     pub fn pack(config: &MoeConfig, weights: &MoeWeights) -> Result<Self> {
         let extras = &weights.extras;
-        let matrix = |rows: &[f32]| pack_rows(rows, config.hidden_size() as usize);
+        let matrix = |rows: &[f32]| Panels::of_rows(rows, config.hidden_size() as usize);
         let parts = [&extras.shared_gate, &extras.group_router];
         let gates: Vec<f32> = parts.into_iter().flatten().flatten().copied().collect();
         Ok(Self {
@@ -45,11 +44,6 @@ impl Router {
             token_table: extras.token_table.clone(),
         })
     }
-}
-
-/// A matrix `[_, width]` of the router.
-pub(super) fn pack_rows(rows: &[f32], width: usize) -> Result<Panels> {
-    Panels::pack(WeightFormat::F32, 1, [rows.len() / width, width], |_, n| Some(&rows[n * width..][..width]))
 }
 
 /// What the router's matrices make of a pass.

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::matmul::LANE_COLUMNS;
 use crate::model::config::MoeConfig;
 use crate::model::formats;
-use crate::model::source::{ExpertKind, ExpertSource};
+use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, PackedRows, Projection, read_ahead};
 use crate::model::weights::MoeWeights;
 use crate::plan::pages::WeightPage;
 use crate::plan::{LayerPlan, Matrix, ROUTED};
@@ -46,20 +46,20 @@ impl DeviceWeights {
             uploader.expert(matrix, &pages[matrix.name], 0, &rows).await?;
             done += matrix.bytes();
         }
-        let loads: Vec<(&Matrix, usize)> = plan
+        let loads: Vec<(&Matrix, ExpertMatrix)> = plan
             .matrices()
             .iter()
-            .filter(|matrix| expert_matrix(matrix.name).is_some())
-            .flat_map(|matrix| {
+            .filter_map(|matrix| Some((matrix, expert_matrix(matrix.name)?)))
+            .flat_map(|(matrix, (kind, projection))| {
                 let routed = ROUTED.contains(&matrix.name).then_some(plan.config().num_weighted_experts());
                 let experts = routed.unwrap_or(matrix.num_experts()) as usize;
-                (0..experts).map(move |expert| (matrix, expert))
+                (0..experts).map(move |expert| (matrix, ExpertMatrix { kind, projection, expert }))
             })
             .collect();
-        let names: Vec<(&str, usize)> = loads.iter().map(|&(matrix, expert)| (matrix.name, expert)).collect();
+        let matrices: Vec<ExpertMatrix> = loads.iter().map(|&(_, matrix)| matrix).collect();
         let mut loads = loads.into_iter();
-        read_ahead(source, &names, async |rows| {
-            let Some((matrix, expert)) = loads.next() else { return Ok(()) };
+        read_ahead(source, &matrices, async |rows| {
+            let Some((matrix, ExpertMatrix { expert, .. })) = loads.next() else { return Ok(()) };
             if plan.places().is_some() && ROUTED.contains(&matrix.name) {
                 host.add(matrix, &rows)?;
             } else {
@@ -147,77 +147,20 @@ pub(super) async fn empty_pages(gpu: &Gpu, matrix: &Matrix) -> Result<Vec<wgpu::
     Ok(buffers)
 }
 
-/// Which matrix of which experts it is; `None`: none of experts.
-pub(super) fn expert_matrix(name: &str) -> Option<(ExpertKind, bool)> {
+/// Which projection of which experts it is; `None`: none of experts.
+pub(super) fn expert_matrix(name: &str) -> Option<(ExpertKind, Projection)> {
     match name {
-        "gate_up_weights" => Some((ExpertKind::Routed, true)),
-        "down_weights" => Some((ExpertKind::Routed, false)),
-        "shared_gate_up_weights" => Some((ExpertKind::Shared, true)),
-        "shared_down_weights" => Some((ExpertKind::Shared, false)),
+        "gate_up_weights" => Some((ExpertKind::Routed, Projection::First)),
+        "down_weights" => Some((ExpertKind::Routed, Projection::Down)),
+        "shared_gate_up_weights" => Some((ExpertKind::Shared, Projection::First)),
+        "shared_down_weights" => Some((ExpertKind::Shared, Projection::Down)),
         _ => None,
     }
 }
 
-/// Packed rows of one matrix of one expert.
-pub(super) fn read_expert(source: &mut dyn ExpertSource, name: &str, expert: usize) -> Result<PackedRows> {
-    match expert_matrix(name) {
-        Some((kind, true)) => {
-            let [gate, up] = source.first(kind, expert)?;
-            Ok(if gate.is_empty() { PackedRows(up, None) } else { PackedRows(gate, Some(up)) })
-        }
-        Some((kind, false)) => Ok(PackedRows(source.down(kind, expert)?, None)),
-        None => Err(Error::Device { during: "loading experts".to_owned(), message: format!("{name} is no expert's") }),
-    }
-}
-
-/// Hands what `source` has for each of `names` to `take`, in order. Where there are threads, the next is read and packed
-/// while the last is on its way to the device.
-#[cfg(not(target_arch = "wasm32"))]
-pub(super) async fn read_ahead(
-    source: &mut dyn ExpertSource,
-    names: &[(&str, usize)],
-    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
-) -> Result<()> {
-    std::thread::scope(|scope| {
-        // One waits, one is being read, one is being taken.
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        scope.spawn(move || {
-            for &(name, expert) in names {
-                let rows = read_expert(source, name, expert);
-                let failed = rows.is_err();
-                // Nobody takes it any more if taking failed.
-                if sender.send(rows).is_err() || failed {
-                    return;
-                }
-            }
-        });
-        pollster::block_on(async {
-            for rows in receiver {
-                take(rows?).await?;
-            }
-            Ok(())
-        })
-    })
-}
-
-/// As above, one after the other.
-#[cfg(target_arch = "wasm32")]
-pub(super) async fn read_ahead(
-    source: &mut dyn ExpertSource,
-    names: &[(&str, usize)],
-    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
-) -> Result<()> {
-    for &(name, expert) in names {
-        take(read_expert(source, name, expert)?).await?;
-    }
-    Ok(())
-}
-
-/// Packed rows of one matrix of one expert; those of the second, if there are any, alternate with those of the first.
-pub(super) struct PackedRows(pub(super) Vec<u8>, pub(super) Option<Vec<u8>>);
-
 impl PackedRows {
-    /// The row that is packed column `column`; `None`: padding.
+    /// The row that is packed column `column`; `None`: padding. Columns of the second matrix, if there is one,
+    /// alternate with those of the first.
     fn row(&self, column: usize, row_bytes: usize) -> Option<&[u8]> {
         let (from, row) = match &self.1 {
             Some(second) if !column.is_multiple_of(2) => (second, column / 2),

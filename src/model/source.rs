@@ -28,6 +28,80 @@ pub(crate) trait ExpertSource: Send {
     fn down(&mut self, kind: ExpertKind, expert: usize) -> Result<Vec<u8>>;
 }
 
+/// One of an expert's two projections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Projection {
+    /// That of the gate, where there is one, and the one beside it.
+    First,
+    /// The one after the activation.
+    Down,
+}
+
+/// Which matrix of a layer's experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ExpertMatrix {
+    pub kind: ExpertKind,
+    pub projection: Projection,
+    pub expert: usize,
+}
+
+/// Packed rows of one matrix of one expert. With a gate there are two: its own, and those beside it.
+pub(crate) struct PackedRows(pub Vec<u8>, pub Option<Vec<u8>>);
+
+/// What `source` has of one matrix.
+pub(crate) fn read_expert(source: &mut dyn ExpertSource, matrix: ExpertMatrix) -> Result<PackedRows> {
+    match matrix.projection {
+        Projection::First => {
+            let [gate, up] = source.first(matrix.kind, matrix.expert)?;
+            Ok(if gate.is_empty() { PackedRows(up, None) } else { PackedRows(gate, Some(up)) })
+        }
+        Projection::Down => Ok(PackedRows(source.down(matrix.kind, matrix.expert)?, None)),
+    }
+}
+
+/// Hands what `source` has of each matrix to `take`, in order. Where there are threads, the next is read and packed
+/// while the last is being taken.
+#[cfg(not(target_arch = "wasm32"))]
+pub(crate) async fn read_ahead(
+    source: &mut dyn ExpertSource,
+    matrices: &[ExpertMatrix],
+    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        // One waits, one is being read, one is being taken.
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        scope.spawn(move || {
+            for &matrix in matrices {
+                let rows = read_expert(source, matrix);
+                let failed = rows.is_err();
+                // Nobody takes it any more if taking failed.
+                if sender.send(rows).is_err() || failed {
+                    return;
+                }
+            }
+        });
+        pollster::block_on(async {
+            for rows in receiver {
+                take(rows?).await?;
+            }
+            Ok(())
+        })
+    })
+}
+
+/// As above, one after the other.
+#[cfg(target_arch = "wasm32")]
+pub(crate) async fn read_ahead(
+    source: &mut dyn ExpertSource,
+    matrices: &[ExpertMatrix],
+    mut take: impl AsyncFnMut(PackedRows) -> Result<()>,
+) -> Result<()> {
+    for &matrix in matrices {
+        take(read_expert(source, matrix)?).await?;
+    }
+    Ok(())
+}
+
 /// From f32 in host memory.
 pub(crate) struct HostSource<'a> {
     pub config: &'a MoeConfig,

@@ -1,11 +1,11 @@
 //! Experts that come and go. The others are copied on the device, block by block, or stay where they are.
 
-use super::super::weights::{self, DeviceWeights, PackedRows, Uploader};
+use super::super::weights::{self, DeviceWeights, Uploader};
 use super::{GpuLayer, State};
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::routing::Noise;
-use crate::model::source::HostSource;
+use crate::model::source::{ExpertMatrix, HostSource, PackedRows, read_expert};
 use crate::model::weights::{ExpertWeights, MoeWeights, check_expert_id, splice_row};
 use crate::plan::pages::WeightPage;
 use crate::plan::{Matrix, pad4};
@@ -140,7 +140,10 @@ impl GpuLayer {
                     (None, Some(inserted)) => {
                         let formats = self.plan.formats();
                         let mut source = HostSource { config, weights: inserted, formats };
-                        let rows = weights::read_expert(&mut source, matrix.name, 0)?;
+                        let Some((kind, projection)) = weights::expert_matrix(matrix.name) else {
+                            return Err(lost(matrix.name, expert));
+                        };
+                        let rows = read_expert(&mut source, ExpertMatrix { kind, projection, expert: 0 })?;
                         let mut uploader = Uploader::new(&self.gpu);
                         uploader.columns(matrix, page, &buffer, to, &rows).await?;
                         uploader.finish().await?;

@@ -16,7 +16,7 @@ pub(crate) use blocks::{GgmlBlocks, GgmlType, ggml_row};
 pub use decode::decode;
 pub(crate) use decode::{decode_matrix, may_not_be_finite};
 pub use encode::{Unrepresentable, encode};
-pub(crate) use interleave::{ColumnOrder, interleave};
+pub(crate) use interleave::{ColumnOrder, interleave, interleaved_regions};
 
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
