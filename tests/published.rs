@@ -293,7 +293,7 @@ fn layouts_that_do_not_fit_are_refused() {
         ("gptq", "gptq_v2", |m| tensor(m, "qzeros").2[0] |= 15),
         ("gptq", "sym is true", |m| about(m, "sym", json!(true))),
         ("gptq", "qzeros", |m| drop(m.tensors.remove("model.layers.0.mlp.experts.1.down_proj.qzeros"))),
-        ("gptq", "missing", |m| drop(m.tensors.remove("model.layers.0.mlp.experts.1.down_proj.scales"))),
+        ("gptq", "no tensor", |m| drop(m.tensors.remove("model.layers.0.mlp.experts.1.down_proj.scales"))),
         ("awq", "gemm", |m| about(m, "version", json!("gemv"))),
         ("awq", "qzeros", |m| drop(m.tensors.remove("model.layers.0.mlp.experts.1.down_proj.qzeros"))),
         ("awq", "qweight has shape", |m| cut(m, "qweight", 1, 7)),
