@@ -2,10 +2,11 @@
 
 use super::*;
 use crate::model::activation::{Activation, Function};
-use crate::model::config::{LayerExtras, SharedGate};
+use crate::model::config::{LayerExtras, SharedExperts, SharedGate};
+use crate::model::formats::WeightFormat;
 use crate::model::routing::Routing;
-use crate::model::source::ExpertSource;
-use crate::model::weights::ExtraWeights;
+use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, HostSource, Projection};
+use crate::model::weights::{ExtraWeights, MoeWeights};
 
 fn values(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -165,7 +166,7 @@ fn each_matrix_has_the_format_that_its_source_says() {
 #[test]
 fn a_source_that_fails_gives_its_error() {
     let (config, weights) = layer(Activation::SWIGLU, Activation::SWIGLU);
-    let mut broken = |kind, projection, expert, is_short| {
+    let broken = |kind, projection, expert, is_short| {
         let source = HostSource { config: &config, weights: &weights, formats: WeightFormat::INT8.into() };
         let mut source = Broken { source, fails_at: ExpertMatrix { kind, projection, expert }, is_short };
         CpuLayer::from_source(config.clone(), &weights, &mut source, &mut |_, _| {}).map(|_| ())

@@ -2,18 +2,9 @@
 //! becomes a layer.
 
 use super::panels::WIDTH;
+use super::words::{shl, shr};
 use half::f16;
 use pulp::Simd;
-
-#[inline(always)]
-pub(super) fn shl<S: Simd>(simd: S, words: S::u32s, by: usize) -> S::u32s {
-    if by == 0 { words } else { simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(by as u32)) }
-}
-
-#[inline(always)]
-pub(super) fn shr<S: Simd>(simd: S, words: S::u32s, by: usize) -> S::u32s {
-    if by == 0 { words } else { simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(by as u32)) }
-}
 
 /// f16 numbers in the upper half of each word; the lower one is not looked at.
 #[inline(always)]
@@ -91,7 +82,8 @@ pub(super) fn vector_of_halves<S: Simd>(simd: S, line: &[f16; WIDTH], v: usize) 
 /// What the generic vectors have no name for.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{WIDTH, shl};
+    use super::super::words::shl;
+    use super::WIDTH;
     use half::f16;
     use pulp::Simd;
     use pulp::x86::{V3, V4};
