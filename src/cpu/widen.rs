@@ -71,8 +71,8 @@ pub(super) fn vector_of_halves<S: Simd>(simd: S, line: &[f16; WIDTH], v: usize) 
     S::as_simd_f32s(&out).0[v]
 }
 
-/// What the generic vectors have no name for. Which vectors they are is known when this is compiled, and nothing is left
-/// of the question.
+/// What the generic vectors have no name for. Which vectors they are is known when this is compiled, and nothing is
+/// left of the question.
 #[cfg(target_arch = "x86_64")]
 mod special {
     use super::super::words::shl;
