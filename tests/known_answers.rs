@@ -102,7 +102,7 @@ fn check(name: &str, context: &Context, options: &LayerOptions) {
     }
 }
 
-/// Every expert weight is a small integer, so that these change nothing.
+/// Every expert weight is a small integer, so that storage in these changes nothing.
 const EXACT: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
 
 #[test]

@@ -2,25 +2,12 @@
 //!
 //! Every weight gets the bits that [`crate::model::formats::decode`] gives it: what a group shares is computed first,
 //! in the same order, and whatever is done differently here is exact.
-//!
-//! **Words.** Codes of 8, 4 and 2 bits are read as 16 words of 32 bits. Word w holds columns w, w + 16, w + 32 and
-//! w + 48 of one line, of two lines or of four, the first line and the first column lowest. So a plain load and the
-//! same shift in every lane separate them, whatever the width of a vector.
-//!
-//! **Whole numbers.** A code stays where it lies in its word and becomes part of the fraction of a float, 2^n + code,
-//! whose n makes the code's lowest bit count 1. Subtracting 2^n + zero is exact, and cheaper than to shift the code
-//! down and to convert it.
 
 use super::panels::{Line, WIDTH};
-use super::widen::{self, shl, shr};
+use super::widen;
+use super::words::{Field, POWER_23, Words, byte, bytes, shl, shr, split_halves};
 use half::f16;
 use pulp::Simd;
-
-/// Columns that lie side by side in the words of a line.
-pub(super) const LANES: usize = 16;
-
-/// Codes of one, two or four lines; or a number of 8 bits for each column, which is the same.
-pub(super) type Words = [u32; LANES];
 
 /// What the lines of a group share, for `V` vectors of columns.
 pub(super) struct Group<S: Simd, const V: usize> {
@@ -32,10 +19,11 @@ pub(super) struct Group<S: Simd, const V: usize> {
 /// A panel that can be read. Nothing in here is a closure: the compiler might not inline it where the processor's
 /// instructions may be used.
 pub(super) trait Codec: Copy {
-    /// Lines that are read together.
+    /// Lines whose codes share words: 1, 2 or 4. Where one of them has its codes is known when this is compiled only if
+    /// its place among them is.
     const STEP: usize = 1;
 
-    /// Lines of a group: a divisor or a multiple of 128, and a multiple of `STEP`.
+    /// Lines of a group, a multiple of `STEP`. Divides 128, or is more than any panel has.
     fn group_lines(&self) -> usize;
 
     /// What the group of line k shares, for a line of `V` vectors.
@@ -67,7 +55,7 @@ impl Codec for Floats<'_> {
     }
 }
 
-/// f16, for processors whose vectors [`has_halves`].
+/// f16, for vectors of which [`widen::has_halves`] is true.
 #[derive(Clone, Copy)]
 pub(super) struct Halves<'a>(pub &'a [[f16; WIDTH]]);
 
@@ -107,7 +95,7 @@ impl Codec for UpperHalves<'_> {
     #[inline(always)]
     fn vector<S: Simd, const V: usize>(&self, simd: S, k: usize, step: usize, v: usize, _: &Group<S, V>) -> S::f32s {
         let words = S::as_simd_u32s(&self.0[k + step]).0;
-        let (word, is_upper) = ((v) % words.len(), v >= words.len());
+        let (word, is_upper) = (v % words.len(), v >= words.len());
         let bits = if is_upper {
             simd.and_u32s(words[word], simd.splat_u32s(0xffff_0000))
         } else {
@@ -156,9 +144,9 @@ impl<const BITS: usize> Codec for Integers<'_, BITS> {
         if let Some(zeros) = self.zeros {
             less = bytes(simd, &zeros[g]);
         }
-        for v in 0..V {
+        for (v, less) in less.iter_mut().enumerate() {
             let field = Field::of::<S>(BITS, 0, v);
-            less[v] = simd.add_f32s(less[v], simd.splat_f32s(f32::from_bits(field.power())));
+            *less = simd.add_f32s(*less, simd.splat_f32s(f32::from_bits(field.power())));
         }
         Group { factor, less }
     }
@@ -318,8 +306,8 @@ impl Codec for SmallFloats<'_> {
                 }
             }
             None => {
-                for v in 0..V {
-                    factor[v] = widen::e8m0(simd, byte(simd, &self.scales[k / 32], v));
+                for (v, factor) in factor.iter_mut().enumerate() {
+                    *factor = widen::e8m0(simd, byte(simd, &self.scales[k / 32], v));
                 }
             }
         }
@@ -377,47 +365,6 @@ impl Codec for Fp8<'_> {
     }
 }
 
-/// Where the codes of a vector lie.
-#[derive(Clone, Copy)]
-struct Field {
-    /// Which vector of the words.
-    vector: usize,
-    /// How far the words are shifted right: by nothing or by half a word.
-    shift: usize,
-    /// The code's lowest bit after that; all of it is in the lower half.
-    at: usize,
-}
-
-impl Field {
-    /// Of vector `v` of the line in place `step` of those that share words.
-    #[inline(always)]
-    fn of<S: Simd>(bits: usize, step: usize, v: usize) -> Self {
-        let vectors = LANES / S::U32_LANES;
-        let bit = bits * (4 * step + v / vectors);
-        Self { vector: v % vectors, shift: bit / 16 * 16, at: bit % 16 }
-    }
-
-    /// The bits of a code.
-    #[inline(always)]
-    fn mask(self, bits: usize) -> u32 {
-        ((1 << bits) - 1) << self.at
-    }
-
-    /// The float 2^n in whose fraction the code's lowest bit counts 1.
-    #[inline(always)]
-    fn power(self) -> u32 {
-        POWER_23 - ((self.at as u32) << 23)
-    }
-
-    #[inline(always)]
-    fn words<S: Simd>(self, simd: S, words: &Words) -> S::u32s {
-        shr(simd, S::as_simd_u32s(words).0[self.vector], self.shift)
-    }
-}
-
-/// 2^23, whose fraction counts ones.
-const POWER_23: u32 = (127 + 23) << 23;
-
 #[inline(always)]
 fn nothing<S: Simd, const V: usize>(simd: S) -> Group<S, V> {
     Group { factor: [simd.splat_f32s(0.0); V], less: [simd.splat_f32s(0.0); V] }
@@ -427,37 +374,5 @@ fn nothing<S: Simd, const V: usize>(simd: S) -> Group<S, V> {
 fn load<S: Simd, const V: usize>(simd: S, line: &Line) -> [S::f32s; V] {
     let mut out = [simd.splat_f32s(0.0); V];
     out.copy_from_slice(&S::as_simd_f32s(&line.0).0[..V]);
-    out
-}
-
-/// One number of 8 bits for each column.
-#[inline(always)]
-fn byte<S: Simd>(simd: S, words: &Words, v: usize) -> S::u32s {
-    let field = Field::of::<S>(8, 0, v);
-    let words = shr(simd, S::as_simd_u32s(words).0[field.vector], field.at + field.shift);
-    simd.and_u32s(words, simd.splat_u32s(255))
-}
-
-/// The same as floats.
-#[inline(always)]
-fn bytes<S: Simd, const V: usize>(simd: S, words: &Words) -> [S::f32s; V] {
-    let mut out = [simd.splat_f32s(0.0); V];
-    for v in 0..V {
-        let raised = simd.or_u32s(byte(simd, words, v), simd.splat_u32s(POWER_23));
-        out[v] = simd.sub_f32s(simd.transmute_f32s_u32s(raised), simd.splat_f32s(8_388_608.0));
-    }
-    out
-}
-
-/// f16 numbers that lie as [`UpperHalves`].
-#[inline(always)]
-fn split_halves<S: Simd, const V: usize>(simd: S, words: &[u32; WIDTH / 2]) -> [S::f32s; V] {
-    let words = S::as_simd_u32s(words).0;
-    let mut out = [simd.splat_f32s(0.0); V];
-    for v in 0..V {
-        let word = words[v % words.len()];
-        let half = if v < words.len() { shl(simd, word, 16) } else { word };
-        out[v] = widen::half(simd, half);
-    }
     out
 }

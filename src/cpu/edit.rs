@@ -3,6 +3,7 @@
 
 use super::CpuLayer;
 use super::experts::{Biases, Experts};
+use super::load::routed_experts;
 use super::panels::Panels;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
@@ -88,7 +89,7 @@ impl CpuLayer {
             ..MoeWeights::default()
         };
         let mut source = HostSource { config: &self.config, weights: &weights, formats: self.formats };
-        let mut packed = super::routed_experts(&self.config, &self.formats);
+        let mut packed = routed_experts(&self.config, &self.formats);
         for projection in [Projection::First, Projection::Down] {
             let matrix = ExpertMatrix { kind: ExpertKind::Routed, projection, expert: 0 };
             packed.push(projection, &read_expert(&mut source, matrix)?)?;

@@ -24,9 +24,10 @@ use pulp::{NullaryFnOnce, Simd};
 
 /// Lines of weights worked on at a time by several tiles: 32 KiB, about a core's L1 cache.
 const DEPTH_BLOCK: usize = 128;
-/// The same for a single tile, which reads every line once: short, so that memory does not idle while f16 weights
-/// are decoded.
+/// The same for a single tile, which reads every line once: short, so that memory does not idle while weights are
+/// decoded.
 const STREAMED_BLOCK: usize = 32;
+
 /// One panel of weights and the rows to multiply with it.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
@@ -56,10 +57,16 @@ impl Product<'_> {
         let x = &x[rows.start * depth..rows.end * depth];
         if fits_registers::<S>(rows.len()) && (has_halves::<S>() || !panel.is_f16()) {
             panel.read(Tile { simd, depth, x, sums });
-        } else if rows.len() <= TILE_ROWS {
-            multiply_blocks(simd, panel, chunk, x, &mut [Line::zeroed(); STREAMED_BLOCK], sums);
         } else {
-            multiply_blocks(simd, panel, chunk, x, &mut [Line::zeroed(); DEPTH_BLOCK], sums);
+            let (mut short, mut long);
+            let decoded: &mut [Line] = if rows.len() <= TILE_ROWS {
+                short = [Line::zeroed(); STREAMED_BLOCK];
+                &mut short
+            } else {
+                long = [Line::zeroed(); DEPTH_BLOCK];
+                &mut long
+            };
+            multiply_blocks(simd, panel, chunk, x, decoded, sums);
         }
         for (row, sums) in rows.zip(&*sums) {
             use_sums(row, sums);
@@ -212,6 +219,7 @@ fn multiply_tile<S: Simd, C: Codec, const R: usize, const V: usize>(tile: Tile<'
 
 /// `acc[r] += x[step, r] * w[k + step]`
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "vectors vary slower than rows, which are the outer index")]
 fn multiply_line<S: Simd, C: Codec, const R: usize, const V: usize>(
     simd: S,
     codec: C,

@@ -87,8 +87,8 @@ impl<'a> Panel<'a> {
         Integers { codes: self.region(0), scales, zeros: None, is_signed: false, group_lines: 32 }
     }
 
-    /// Lines `first_line..` as f32; at most as many as `decoded` holds, which is a multiple of a group's lines or a
-    /// divisor. So is `first_line`, unless it is a multiple of `decoded`.
+    /// Lines `first_line..` as f32; at most as many as `decoded` holds. That many is a multiple of a group's lines or a
+    /// divisor of them, and `first_line` is a multiple of it.
     pub fn lines<S: Simd>(&self, simd: S, first_line: usize, decoded: &'a mut [Line]) -> &'a [Line] {
         let num_lines = decoded.len().min(self.depth - first_line);
         let decoded = &mut decoded[..num_lines];
@@ -165,8 +165,8 @@ fn decode_line<S: Simd, C: Codec, const V: usize>(
     lines: &mut [Line],
 ) {
     let line = S::as_mut_simd_f32s(&mut lines[step].0).0;
-    for v in 0..V {
-        line[v] = codec.vector(simd, k, step, v, group);
+    for (v, vector) in line.iter_mut().enumerate() {
+        *vector = codec.vector(simd, k, step, v, group);
     }
 }
 

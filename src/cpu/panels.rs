@@ -5,10 +5,10 @@
 //! beginning to end.
 //!
 //! Lines stay as their format packs them: a panel is what [`interleave`] makes of the packed rows of its columns, the
-//! codes of all lines first, then what groups of them share. [`super::decode`] says in which order columns lie.
+//! codes of all lines first, then what groups of them share. [`super::words`] says in which order columns lie.
 
-use super::decode::{LANES, Words};
 use super::panel::Panel;
+use super::words::{LANES, Words};
 use crate::error::{Error, Result};
 use crate::model::formats::{ColumnOrder, WeightFormat, interleave, interleaved_regions};
 use bytemuck::Zeroable;
@@ -72,15 +72,18 @@ impl Panels {
         let mut units = Vec::new();
         let len = self.per_expert() * self.panel_units;
         let reserved = units.try_reserve_exact(len).and_then(|()| self.experts.try_reserve(1));
-        reserved.map_err(|_| Error::OutOfMemory { during: format!("packing an expert of {} bytes", len * 128) })?;
+        reserved.map_err(|_| Error::OutOfMemory {
+            during: format!("packing {} bytes of an expert", len * size_of::<Unit>()),
+        })?;
         units.resize(len, Unit::zeroed());
+        let items = interleaved_regions(self.format, self.depth, WIDTH);
         units.par_chunks_exact_mut(self.panel_units.max(1)).enumerate().for_each(|(panel, units)| {
             let columns = std::array::from_fn(|j| panel * WIDTH + j);
             let rows = columns.map(|n| if n < self.columns { row(n) } else { None });
             let bytes = bytemuck::cast_slice_mut(units);
             interleave::<WIDTH>(self.format, self.depth, rows, place(self.format), bytes);
-            for (region, (info, _)) in self.regions.iter().zip(interleaved_regions(self.format, self.depth, WIDTH)) {
-                join_lines(info.bits, &mut bytes[region.clone()]);
+            for (region, (item, _)) in self.regions.iter().zip(&items) {
+                join_lines(item.bits, &mut bytes[region.clone()]);
             }
         });
         self.experts.push(units);

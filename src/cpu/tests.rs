@@ -2,10 +2,11 @@
 
 use super::*;
 use crate::model::activation::{Activation, Function};
-use crate::model::config::{LayerExtras, SharedGate};
+use crate::model::config::{LayerExtras, SharedExperts, SharedGate};
+use crate::model::formats::WeightFormat;
 use crate::model::routing::Routing;
-use crate::model::source::ExpertSource;
-use crate::model::weights::ExtraWeights;
+use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, HostSource, Projection};
+use crate::model::weights::{ExtraWeights, MoeWeights};
 
 fn values(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;

@@ -2,18 +2,9 @@
 //! becomes a layer.
 
 use super::panels::WIDTH;
+use super::words::{shl, shr};
 use half::f16;
 use pulp::Simd;
-
-#[inline(always)]
-pub(super) fn shl<S: Simd>(simd: S, words: S::u32s, by: usize) -> S::u32s {
-    if by == 0 { words } else { simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(by as u32)) }
-}
-
-#[inline(always)]
-pub(super) fn shr<S: Simd>(simd: S, words: S::u32s, by: usize) -> S::u32s {
-    if by == 0 { words } else { simd.wrapping_dyn_shr_u32s(words, simd.splat_u32s(by as u32)) }
-}
 
 /// f16 numbers in the upper half of each word; the lower one is not looked at.
 #[inline(always)]
@@ -46,8 +37,7 @@ pub(super) fn e8m0<S: Simd>(simd: S, code: S::u32s) -> S::f32s {
 /// E2M1 numbers in the lowest 4 bits; the others are not looked at.
 #[inline(always)]
 pub(super) fn e2m1<S: Simd>(simd: S, code: S::u32s) -> S::f32s {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(value) = x86::e2m1(simd, code) {
+    if let Some(value) = special::e2m1(simd, code) {
         return value;
     }
     let sign = simd.and_u32s(shl(simd, code, 28), simd.splat_u32s(1 << 31));
@@ -65,19 +55,12 @@ fn without_exponent<S: Simd>(simd: S, normal: S::f32s, least: f32) -> S::f32s {
     simd.min_f32s(normal, simd.mul_add_e_f32s(normal, simd.splat_f32s(2.0), simd.splat_f32s(-least)))
 }
 
-/// Vector `v` of a line can be widened by an instruction of vectors like this.
-#[inline(always)]
-pub(super) fn has_halves<S: Simd>() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return x86::is_v4::<S>();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
+pub(super) use special::has_halves;
 
+/// Vector `v` of a line of f16.
 #[inline(always)]
 pub(super) fn vector_of_halves<S: Simd>(simd: S, line: &[f16; WIDTH], v: usize) -> S::f32s {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(value) = x86::halves(simd, line, v) {
+    if let Some(value) = special::halves(simd, line, v) {
         return value;
     }
     // Nobody comes here: see `has_halves`.
@@ -88,22 +71,24 @@ pub(super) fn vector_of_halves<S: Simd>(simd: S, line: &[f16; WIDTH], v: usize) 
     S::as_simd_f32s(&out).0[v]
 }
 
-/// What the generic vectors have no name for.
+/// What the generic vectors have no name for. Which vectors they are is known when this is compiled, and nothing is
+/// left of the question.
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{WIDTH, shl};
+mod special {
+    use super::super::words::shl;
+    use super::WIDTH;
     use half::f16;
     use pulp::Simd;
     use pulp::x86::{V3, V4};
     use std::any::{Any, TypeId};
     use std::arch::x86_64::{__m256, __m256i, __m512, __m512i};
 
+    /// An instruction widens f16 to vectors like this.
     #[inline(always)]
-    pub fn is_v4<S: Simd>() -> bool {
+    pub fn has_halves<S: Simd>() -> bool {
         TypeId::of::<S>() == TypeId::of::<V4>()
     }
 
-    /// The vectors' type is known when this is compiled, and all but one branch is gone.
     #[inline(always)]
     pub fn e2m1<S: Simd>(simd: S, code: S::u32s) -> Option<S::f32s> {
         const VALUES: [f32; 16] =
@@ -127,5 +112,28 @@ mod x86 {
         let v4 = (&simd as &dyn Any).downcast_ref::<V4>()?;
         let halves: __m256i = bytemuck::cast(line.as_chunks::<16>().0[v]);
         Some(bytemuck::cast(v4.avx512f._mm512_cvtph_ps(halves)))
+    }
+}
+
+/// Other processors have nothing of it.
+#[cfg(not(target_arch = "x86_64"))]
+mod special {
+    use super::WIDTH;
+    use half::f16;
+    use pulp::Simd;
+
+    #[inline(always)]
+    pub fn has_halves<S: Simd>() -> bool {
+        false
+    }
+
+    #[inline(always)]
+    pub fn e2m1<S: Simd>(_: S, _: S::u32s) -> Option<S::f32s> {
+        None
+    }
+
+    #[inline(always)]
+    pub fn halves<S: Simd>(_: S, _: &[f16; WIDTH], _: usize) -> Option<S::f32s> {
+        None
     }
 }
