@@ -38,6 +38,9 @@ pub struct Bench<'a> {
     pub gpu_memory: GpuMemory,
     /// Experts that stay there.
     pub pinned_experts: Vec<u32>,
+    /// Each timed pass has tokens of its own, so that experts come from memory, as in a model of many layers, and not
+    /// from caches that the pass before filled. Where experts are brought in it is so in any case.
+    pub fresh_tokens: bool,
     /// Timed runs; `None`: as many as fit `slice`.
     pub runs: Option<usize>,
     /// Time for the runs of one row.
@@ -127,7 +130,8 @@ impl Bench<'_> {
         // The first pass compiles and allocates.
         layer.run_resident()?;
         let before = layer.residency();
-        let times = self.time(layer, workload, tokens, progress)?;
+        let fresh_tokens = self.fresh_tokens || before.is_some();
+        let times = self.time(layer, workload, tokens, fresh_tokens, progress)?;
         let residency = before.zip(layer.residency()).map(|(before, after)| residency_result(&before, &after));
         let stats = layer.pass_stats();
         let stages = stage_results(layer, tokens)?;
@@ -168,18 +172,19 @@ impl Bench<'_> {
             readbacks: stats.readbacks,
             max_rel_error: verification.max_rel_error,
             tokens_checked: verification.tokens_checked,
+            fresh_tokens,
             residency,
             stages,
         }))
     }
 
-    /// Times whole passes on the resident input. Where experts are brought in, each pass has tokens of its own: a pass
-    /// that is repeated would find its experts.
+    /// Times whole passes on the resident input, or each on tokens of its own: a pass that is repeated finds its experts.
     fn time(
         &self,
         layer: &MoeLayer,
         workload: &Workload,
         tokens: u32,
+        fresh_tokens: bool,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Summary> {
         let once = layer.run_resident()?;
@@ -189,7 +194,7 @@ impl Bench<'_> {
         let mut reported = Instant::now();
         progress(Progress::Timing(tokens, 0, runs));
         for run in 0..runs {
-            if layer.residency().is_some() {
+            if fresh_tokens {
                 layer.upload(&workload.input_from((run + 1) * tokens as usize, tokens)?)?;
             }
             seconds.push(layer.run_resident()?.as_secs_f64());
@@ -300,6 +305,7 @@ mod tests {
             matmul: None,
             gpu_memory: GpuMemory::All,
             pinned_experts: Vec::new(),
+            fresh_tokens: false,
             runs: Some(3),
             slice: Duration::from_millis(10),
         }

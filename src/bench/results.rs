@@ -117,7 +117,10 @@ pub struct Row {
     pub max_rel_error: f64,
     /// Tokens that the reference computed too.
     pub tokens_checked: usize,
-    /// Where not all experts are on the device; then each timed pass had tokens of its own.
+    /// Each timed pass had tokens of its own, so that experts came from memory, and not from caches.
+    #[serde(default)]
+    pub fresh_tokens: bool,
+    /// Where not all experts are on the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub residency: Option<ResidencyResult>,
     /// Where the time goes.
@@ -211,6 +214,7 @@ mod tests {
             readbacks: 0,
             max_rel_error: 1e-7,
             tokens_checked: 5,
+            fresh_tokens: false,
             residency: None,
             stages: vec![stage],
         };

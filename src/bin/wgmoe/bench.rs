@@ -55,6 +55,10 @@ pub struct Args {
     weights: WeightFormat,
     #[command(flatten)]
     memory: crate::Memory,
+    /// Give each timed pass tokens of its own: experts come from memory then, as in a model of many layers, and not from
+    /// caches that the pass before filled
+    #[arg(long)]
+    fresh_tokens: bool,
     /// Grouped matmul: auto, tiled, subgroup or vec
     #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
     matmul: Matmul,
@@ -111,6 +115,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         matmul,
         gpu_memory: args.memory.gpu_memory,
         pinned_experts: args.memory.pin_experts.clone(),
+        fresh_tokens: args.fresh_tokens,
         runs,
         slice: SLICE,
     };
