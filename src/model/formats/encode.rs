@@ -3,6 +3,7 @@
 use super::decode::{decode_row, middle};
 use super::small_floats::{E2M1_MAX, E4M3_MAX, e4m3, to_e2m1, to_e4m3};
 use super::{Region, RowLayout, WeightFormat};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -66,18 +67,16 @@ fn encode_row(
     match format {
         WeightFormat::F32 => each(values, |k, v| codes.set(row, k, v.to_bits())),
         WeightFormat::F16 => {
-            for (k, &v) in values.iter().enumerate() {
-                codes.set(row, k, finite(f16::from_f32(v), k)?);
-            }
+            let mut stored = vec![f16::ZERO; values.len()];
+            stored.convert_from_f32_slice(values);
+            stored.iter().position(|v| !v.is_finite()).map_or(Ok(()), Err)?;
+            row.copy_from_slice(bytemuck::cast_slice(&stored));
         }
         WeightFormat::Bf16 => {
-            for (k, &v) in values.iter().enumerate() {
-                let stored = bf16::from_f32(v);
-                if !stored.is_finite() {
-                    return Err(k);
-                }
-                codes.set(row, k, stored.to_bits().into());
-            }
+            let mut stored = vec![bf16::ZERO; values.len()];
+            stored.convert_from_f32_slice(values);
+            stored.iter().position(|v| !v.is_finite()).map_or(Ok(()), Err)?;
+            row.copy_from_slice(bytemuck::cast_slice(&stored));
         }
         WeightFormat::Int8(groups) | WeightFormat::Int4(groups) => {
             let most = (1u32 << codes.bits) as f32 - 1.0;

@@ -15,7 +15,16 @@ pub(crate) const E4M3_MAX: f32 = 448.0;
 
 /// The nearest E4M3; what is too large becomes the largest.
 pub(crate) fn to_e4m3(value: f32) -> u8 {
-    nearest(value, 0x7e, e4m3) | sign(value) << 7
+    let magnitude = value.abs().min(E4M3_MAX);
+    let code = if magnitude < 1.0 / 64.0 {
+        // Without exponent the fraction counts 1/512; rounding up to 8 of them gives the least with an exponent.
+        (magnitude * 512.0).round_ties_even() as u32
+    } else {
+        // An f32 with another bias, rounded to three bits of its fraction.
+        let bits = magnitude.to_bits();
+        ((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20) - ((127 - 7) << 3)
+    };
+    code as u8 | sign(value) << 7
 }
 
 /// An exponent of two with bias 127; 255 is NaN.
@@ -35,24 +44,14 @@ pub(crate) const E2M1_MAX: f32 = 6.0;
 
 /// The nearest E2M1; what is too large becomes the largest.
 pub(crate) fn to_e2m1(value: f32) -> u8 {
-    nearest(value, 7, e2m1) | sign(value) << 3
+    let m = value.abs();
+    // Halfway between neighbours the even code wins.
+    let below = [m > 0.25, m >= 0.75, m > 1.25, m >= 1.75, m > 2.5, m >= 3.5, m > 5.0];
+    below.into_iter().map(u8::from).sum::<u8>() | sign(value) << 3
 }
 
 fn sign(value: f32) -> u8 {
     value.is_sign_negative().into()
-}
-
-/// The code in `0..=most` whose value is nearest to |value|. Values ascend with codes, and neighbours of which one has
-/// an even code tie to it.
-fn nearest(value: f32, most: u8, decode: impl Fn(u8) -> f32) -> u8 {
-    let magnitude = value.abs();
-    let (mut low, mut high) = (0, most);
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        if decode(middle) <= magnitude { low = middle } else { high = middle }
-    }
-    let (below, above) = (magnitude - decode(low), decode(high) - magnitude);
-    if below < above || (below == above && low % 2 == 0) { low } else { high }
 }
 
 #[cfg(test)]
@@ -68,6 +67,26 @@ mod tests {
         assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
         assert_eq!((e8m0(127), e8m0(130), e8m0(0)), (1.0, 8.0, 2f32.powi(-127)));
         assert_eq!((e2m1(2), e2m1(7), e2m1(9), e2m1(15)), (1.0, 6.0, -0.5, -6.0));
+    }
+
+    /// Against a look at every code.
+    #[test]
+    fn no_other_value_is_nearer() {
+        let nearest = |magnitude: f32, most: u8, decode: fn(u8) -> f32| {
+            let distance = |code: &u8| (f64::from(decode(*code)) - f64::from(magnitude)).abs();
+            // The first of those that are equally near, or the second if that is even.
+            (0..=most).min_by(|a, b| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2)))).expect("some")
+        };
+        let between = |decode: fn(u8) -> f32, most: u8| {
+            let halfway = (0..most).map(move |code| (decode(code) + decode(code + 1)) / 2.0);
+            halfway.flat_map(|m| [m, f32::from_bits(m.to_bits() + 1), f32::from_bits(m.to_bits() - 1), m * 1.01])
+        };
+        for m in between(e4m3, 0x7e) {
+            assert_eq!((to_e4m3(m), to_e4m3(-m)), (nearest(m, 0x7e, e4m3), nearest(m, 0x7e, e4m3) | 128), "{m}");
+        }
+        for m in between(e2m1, 7) {
+            assert_eq!((to_e2m1(m), to_e2m1(-m)), (nearest(m, 7, e2m1), nearest(m, 7, e2m1) | 8), "{m}");
+        }
     }
 
     #[test]
