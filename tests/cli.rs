@@ -75,6 +75,7 @@ fn unusable_arguments_are_exit_code_2_and_name_the_argument() {
         (&["bench", "--skew", "nan"], "--skew"),
         (&["bench", "--skew=-1"], "--skew"),
         (&["bench", "--weights", "f8"], "f16"),
+        (&["bench", "--weights", "int4", "--hidden", "100"], "a multiple of 32"),
         (&["bench", "--matmul", "fast"], "subgroup"),
         (&["bench", "--preset", "gpt-99"], "mixtral-8x7b"),
         (&["bench", "--device", "no such adapter"], "no such adapter"),

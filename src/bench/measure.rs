@@ -143,7 +143,14 @@ impl Bench<'_> {
         let active_experts = routing.tokens_per_expert.iter().filter(|&&n| n > 0).count() as u32;
         let cost = Cost::of_forward(config, self.weights, tokens, active_experts);
         let gflops = cost.flops / times.median_s / 1e9;
-        let attainable = self.roofline.as_ref().map(|r| cost.attainable_gflops(r.gflops, r.bandwidth_for(cost.bytes)));
+        // What is read comes from a buffer of about this size: what the pass reads, which was read just before; or, where
+        // each pass reads something else, all experts.
+        let from = match fresh_tokens {
+            true => Cost::of_forward(config, self.weights, tokens, config.num_weighted_experts()).bytes,
+            false => cost.bytes,
+        };
+        let bandwidth = self.roofline.as_ref().map(|r| (r, r.bandwidth_for(from)));
+        let attainable = bandwidth.map(|(r, bandwidth)| cost.attainable_gflops(r.gflops, bandwidth));
         Ok(Ok(Row {
             preset: preset.map(str::to_owned),
             hidden_size: config.hidden_size(),
@@ -160,10 +167,7 @@ impl Bench<'_> {
             matmul: self.matmul.map_or("auto", |variant| variant.name()).to_owned(),
             gflops,
             gbytes_per_s: cost.bytes / times.median_s / 1e9,
-            read_fraction: self
-                .roofline
-                .as_ref()
-                .map(|r| cost.bytes / times.median_s / 1e9 / r.bandwidth_for(cost.bytes)),
+            read_fraction: bandwidth.map(|(_, bandwidth)| cost.bytes / times.median_s / 1e9 / bandwidth),
             roofline_fraction: attainable.map(|attainable| gflops / attainable),
             dense_ratio: self.dense_ratio(workload, tokens, times.median_s)?,
             active_experts,

@@ -98,7 +98,8 @@ pub struct Row {
     pub gflops: f64,
     /// Bytes that no implementation could avoid moving, by the median time.
     pub gbytes_per_s: f64,
-    /// `gbytes_per_s` by the rate of a plain read of as many bytes; absent without a roofline.
+    /// `gbytes_per_s` by the rate of plain reads from a buffer of as many bytes, or, with fresh tokens, of as many as all
+    /// experts have; absent without a roofline.
     #[serde(default)]
     pub read_fraction: Option<f64>,
     /// `gflops` by what the measured peaks allow at best; absent without a roofline.

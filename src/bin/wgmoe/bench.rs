@@ -10,7 +10,7 @@ use wgmoe::bench::presets::{self, DEFAULT_TOKENS, Preset};
 use wgmoe::bench::results::{DeviceResult, Failure, Results, RooflineResult, SCHEMA};
 use wgmoe::bench::{Bench, Outcome, Progress, Row, Workload, memory};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{DeviceChoice, MoeConfig, WeightFormat};
+use wgmoe::{DeviceChoice, LayerFormats, MoeConfig, WeightFormat};
 
 /// Time for the runs of one row.
 const SLICE: Duration = Duration::from_secs(2);
@@ -167,8 +167,8 @@ fn check(args: &Args) -> anyhow::Result<()> {
     if !(args.skew.is_finite() && args.skew >= 0.0) {
         return Err(unusable(format!("--skew {}: expected a number from 0 (even) up", args.skew)));
     }
-    args.chosen_preset().config().map_err(|error| unusable(error.to_string()))?;
-    Ok(())
+    let rows_fit = |config: MoeConfig| LayerFormats::from(args.weights).check(&config);
+    args.chosen_preset().config().and_then(rows_fit).map_err(|error| unusable(error.to_string()))
 }
 
 impl Args {
