@@ -59,7 +59,7 @@ impl Matrix {
     fn words(&self, count: usize, item: impl Fn(usize) -> u32) -> Vec<u8> {
         let per = 32 / self.bits as usize;
         let items: Vec<u32> = (0..count).map(item).collect();
-        let word = |items: &[u32]| items.iter().rev().fold(0, |word, item| word << self.bits % 32 | item).to_le_bytes();
+        let word = |items: &[u32]| items.iter().rev().fold(0, |word, item| word << self.bits | item).to_le_bytes();
         items.chunks(per).flat_map(word).collect()
     }
 

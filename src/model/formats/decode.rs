@@ -117,7 +117,8 @@ pub(crate) fn may_not_be_finite(format: WeightFormat, layout: &RowLayout, row: &
     let bytes = |n: usize| &row[layout.regions[n].at..][..layout.regions[n].bytes()];
     let words = |n: usize| bytes(n).as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b));
     let halves = |n: usize| bytes(n).as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b));
-    let too_large = |n: usize| words(n).any(|bits| !(f32::from_bits(bits).abs() <= f32::MAX / 4096.0));
+    // As bits, floats ascend, and what is not finite is above all others.
+    let too_large = |n: usize| words(n).any(|bits| bits & 0x7fff_ffff > (f32::MAX / 4096.0).to_bits());
     match format {
         WeightFormat::F32 => words(0).any(|bits| bits & 0x7f80_0000 == 0x7f80_0000),
         WeightFormat::F16 => halves(0).any(|bits| bits & 0x7c00 == 0x7c00),

@@ -1,9 +1,9 @@
 //! How weights are stored: formats, what a packed row of each looks like, and how rows become what devices read.
 //!
 //! A **packed row** holds the weights of one output column, `K` inputs long, as one region after the other: the codes
-//! first, then what a group of inputs shares (scales, zero points). [`WeightFormat::layout`] is the one description of
+//! first, then what a group of inputs shares (scales, zero points). `WeightFormat::regions` is the one description of
 //! it. Checkpoints are turned into packed rows without decoding them, [`encode`] makes them from f32, [`decode`] is the
-//! reference for what they mean, and [`interleave`] puts those of several columns side by side for a device.
+//! reference for what they mean, and `interleave` puts those of several columns side by side for a device.
 
 mod blocks;
 mod decode;
