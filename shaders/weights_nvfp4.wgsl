@@ -16,10 +16,5 @@ fn load_scales(quad: u32, k: u32) -> Scales {
 }
 
 fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
-    let codes = weights[2u * quad * params.quad_stride + k];
-    return mat4x4<f32>(
-        0.5 * twice_e2m1(codes.x) * scales,
-        0.5 * twice_e2m1(codes.x >> 16u) * scales,
-        0.5 * twice_e2m1(codes.y) * scales,
-        0.5 * twice_e2m1(codes.y >> 16u) * scales);
+    return e2m1_block(weights[2u * quad * params.quad_stride + k], scales);
 }
