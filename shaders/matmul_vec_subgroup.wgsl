@@ -27,7 +27,7 @@ fn grouped_matmul(group: u32, invocation: u32) {
     let quad = ((place - params.first_expert) * params.num_columns
         + min(column, params.num_columns - LANE_COLUMNS)) / LANE_COLUMNS;
 
-    // Four steps share their scales, in every format.
+    // Four steps share their scales, in every format, and what fits one read.
     let whole = params.k4 / 4u * 4u;
     var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
     if tile.num_rows == 1u {
@@ -36,25 +36,23 @@ fn grouped_matmul(group: u32, invocation: u32) {
         let row = input_row(tile_row(tile, lane % 2u));
         for (var k = 0u; k < whole; k += 4u) {
             let scales = load_scales(quad, k);
-            sums = two_rows(sums, row, quad, k, scales);
-            sums = two_rows(sums, row, quad, k + 1u, scales);
-            sums = two_rows(sums, row, quad, k + 2u, scales);
-            sums = two_rows(sums, row, quad, k + 3u, scales);
+            let codes = load_codes(quad, k);
+            sums = two_rows(sums, row, k, lane, decode_codes(codes, 0u, scales), decode_codes(codes, 1u, scales));
+            sums = two_rows(sums, row, k + 2u, lane, decode_codes(codes, 2u, scales), decode_codes(codes, 3u, scales));
         }
         for (var k = whole; k < params.k4; k++) {
-            sums = two_rows(sums, row, quad, k, load_scales(quad, k));
+            sums = step2(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, load_scales(quad, k)));
         }
     } else {
         let row = input_row(tile_row(tile, lane % 4u));
         for (var k = 0u; k < whole; k += 4u) {
             let scales = load_scales(quad, k);
-            sums = four_rows(sums, row, quad, k, scales);
-            sums = four_rows(sums, row, quad, k + 1u, scales);
-            sums = four_rows(sums, row, quad, k + 2u, scales);
-            sums = four_rows(sums, row, quad, k + 3u, scales);
+            let codes = load_codes(quad, k);
+            sums = four_rows(sums, row, k, lane, decode_codes(codes, 0u, scales), decode_codes(codes, 1u, scales));
+            sums = four_rows(sums, row, k + 2u, lane, decode_codes(codes, 2u, scales), decode_codes(codes, 3u, scales));
         }
         for (var k = whole; k < params.k4; k++) {
-            sums = four_rows(sums, row, quad, k, load_scales(quad, k));
+            sums = step4(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, load_scales(quad, k)));
         }
     }
     if column >= params.end_column { return; }
@@ -65,20 +63,39 @@ fn grouped_matmul(group: u32, invocation: u32) {
     if tile.num_rows > 3u { store_sums(tile.expert, tile_row(tile, 3u), out, sums.r3); }
 }
 
-// One step of a tile of two rows. Lane l % 2 loads the inputs of row l % 2.
-fn two_rows(sums: Sums, row: u32, quad: u32, k: u32, scales: Scales) -> Sums {
-    let w = load_weights4x4(quad, k, scales);
-    let x = load_input4(row, params.x_stride, k);
+// One step of two rows, whose inputs lanes 0 and 1 hold.
+fn step2(sums: Sums, x: vec4<f32>, w: mat4x4<f32>) -> Sums {
     return Sums(
         step(sums.r0, subgroupBroadcast(x, 0u), w),
         step(sums.r1, subgroupBroadcast(x, 1u), w),
         sums.r2, sums.r3);
 }
 
-// One step of a tile of three or four rows. Lane l % 4 loads the inputs of row l % 4.
-fn four_rows(sums: Sums, row: u32, quad: u32, k: u32, scales: Scales) -> Sums {
-    let w = load_weights4x4(quad, k, scales);
-    let x = load_input4(row, params.x_stride, k);
+// Two steps of a tile of two rows. Four lanes load the inputs of both rows for both steps.
+fn two_rows(sums: Sums, row: u32, k: u32, lane: u32, w: mat4x4<f32>, next: mat4x4<f32>) -> Sums {
+    let x = load_input4(row, params.x_stride, k + lane / 2u % 2u);
+    let first = step2(sums, x, w);
+    return Sums(
+        step(first.r0, subgroupBroadcast(x, 2u), next),
+        step(first.r1, subgroupBroadcast(x, 3u), next),
+        sums.r2, sums.r3);
+}
+
+// Two steps of a tile of three or four rows. Lane l % 4 loads the inputs of row l % 4, of one step in the lower half of
+// 8 lanes and of the next in the upper half.
+fn four_rows(sums: Sums, row: u32, k: u32, lane: u32, w: mat4x4<f32>, next: mat4x4<f32>) -> Sums {
+    let x = load_input4(row, params.x_stride, k + lane / 4u % 2u);
+    let first = step4(sums, x, w);
+    if WG_SIZE < 8u { return step4(first, load_input4(row, params.x_stride, k + 1u), next); }
+    return Sums(
+        step(first.r0, subgroupBroadcast(x, 4u), next),
+        step(first.r1, subgroupBroadcast(x, 5u), next),
+        step(first.r2, subgroupBroadcast(x, 6u), next),
+        step(first.r3, subgroupBroadcast(x, 7u), next));
+}
+
+// One step of four rows, whose inputs lanes 0 to 3 hold.
+fn step4(sums: Sums, x: vec4<f32>, w: mat4x4<f32>) -> Sums {
     return Sums(
         step(sums.r0, subgroupBroadcast(x, 0u), w),
         step(sums.r1, subgroupBroadcast(x, 1u), w),
@@ -93,10 +110,11 @@ fn one_row(row: u32, quad: u32, quarter: u32) -> vec4<f32> {
     for (var k = 0u; k < whole; k += 4u) {
         let x = load_input4(row, params.x_stride, k + quarter);
         let scales = load_scales(quad, k);
-        sums = step(sums, subgroupBroadcast(x, 0u), load_weights4x4(quad, k, scales));
-        sums = step(sums, subgroupBroadcast(x, 1u), load_weights4x4(quad, k + 1u, scales));
-        sums = step(sums, subgroupBroadcast(x, 2u), load_weights4x4(quad, k + 2u, scales));
-        sums = step(sums, subgroupBroadcast(x, 3u), load_weights4x4(quad, k + 3u, scales));
+        let codes = load_codes(quad, k);
+        sums = step(sums, subgroupBroadcast(x, 0u), decode_codes(codes, 0u, scales));
+        sums = step(sums, subgroupBroadcast(x, 1u), decode_codes(codes, 1u, scales));
+        sums = step(sums, subgroupBroadcast(x, 2u), decode_codes(codes, 2u, scales));
+        sums = step(sums, subgroupBroadcast(x, 3u), decode_codes(codes, 3u, scales));
     }
     for (var k = whole; k < params.k4; k++) {
         sums = step(sums, load_input4(row, params.x_stride, k), load_weights4x4(quad, k, load_scales(quad, k)));

@@ -1,6 +1,8 @@
 // weights_bf16: expert weights stored as the upper halves of f32, two to a u32. No entry point.
 
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
+// A quad: weights [k4, 4 inputs, 4 columns] bf16.
+
+const SCALED_K4: u32 = 65536u;
 
 alias Scales = u32;
 
@@ -14,8 +16,6 @@ fn widen(w: vec2<u32>) -> vec4<f32> {
 }
 
 fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
-    let block = quad * params.quad_stride + k * 2u;
-    let low = weights[block];
-    let high = weights[block + 1u];
-    return mat4x4<f32>(widen(low.xy), widen(low.zw), widen(high.xy), widen(high.zw));
+    let w = words8(quad * params.quad_stride / 2u + k);
+    return mat4x4<f32>(widen(w.low.xy), widen(w.low.zw), widen(w.high.xy), widen(w.high.zw));
 }

@@ -1,7 +1,9 @@
 // weights_f16: expert weights stored as IEEE half floats, two to a u32. No entry point.
 // unpack2x16float is core WGSL: no SHADER_F16 needed.
 
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, k4, 4 inputs, 4 columns]
+// A quad: weights [k4, 4 inputs, 4 columns] f16.
+
+const SCALED_K4: u32 = 65536u;
 
 alias Scales = u32;
 
@@ -10,12 +12,10 @@ fn load_scales(quad: u32, k: u32) -> Scales {
 }
 
 fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
-    let block = quad * params.quad_stride + k * 2u;
-    let low = weights[block];
-    let high = weights[block + 1u];
+    let w = words8(quad * params.quad_stride / 2u + k);
     return mat4x4<f32>(
-        vec4<f32>(unpack2x16float(low.x), unpack2x16float(low.y)),
-        vec4<f32>(unpack2x16float(low.z), unpack2x16float(low.w)),
-        vec4<f32>(unpack2x16float(high.x), unpack2x16float(high.y)),
-        vec4<f32>(unpack2x16float(high.z), unpack2x16float(high.w)));
+        vec4<f32>(unpack2x16float(w.low.x), unpack2x16float(w.low.y)),
+        vec4<f32>(unpack2x16float(w.low.z), unpack2x16float(w.low.w)),
+        vec4<f32>(unpack2x16float(w.high.x), unpack2x16float(w.high.y)),
+        vec4<f32>(unpack2x16float(w.high.z), unpack2x16float(w.high.w)));
 }

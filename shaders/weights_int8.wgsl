@@ -2,7 +2,6 @@
 // No entry point.
 
 // A quad: codes [k4, 4 inputs, 4 columns] u8, scales [groups, 4 columns] f32, zeros [groups, 4 columns] u8 if there are any.
-@group(0) @binding(1) var<storage, read> weights: array<vec4<u32>>; // [page experts, num_columns / 4, quad_stride]
 
 override SCALED_K4: u32 = 8;    // blocks of 4 inputs in a group
 override STORED_ZEROS: u32 = 0; // 0: the code of zero is 128 everywhere
@@ -14,13 +13,13 @@ fn load_scales(quad: u32, k: u32) -> Scales {
     let group = k / SCALED_K4;
     var zero = vec4<f32>(128.0);
     if STORED_ZEROS != 0u {
-        zero = vec4<f32>(unpack4xU8(weights[start + params.k4 / SCALED_K4 + group / 4u][group % 4u]));
+        zero = vec4<f32>(unpack4xU8(word(4u * (start + params.k4 / SCALED_K4) + group)));
     }
-    return Scales(bitcast<vec4<f32>>(weights[start + group]), zero);
+    return Scales(bitcast<vec4<f32>>(words4(start + group)), zero);
 }
 
 fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
-    let codes = weights[quad * params.quad_stride + k];
+    let codes = words4(quad * params.quad_stride + k);
     return mat4x4<f32>(
         (vec4<f32>(unpack4xU8(codes.x)) - scales.zero) * scales.scale,
         (vec4<f32>(unpack4xU8(codes.y)) - scales.zero) * scales.scale,

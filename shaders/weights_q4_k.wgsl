@@ -3,7 +3,6 @@
 
 // A quad: codes [k4, 4 inputs, 4 columns] u4, d and then dmin [k4 / 64, 4 columns] f16, scales and then least
 // [k4 / 8, 4 columns] u8.
-@group(0) @binding(1) var<storage, read> weights: array<vec2<u32>>; // [page experts, num_columns / 4, 2 * quad_stride]
 
 const SCALED_K4: u32 = 8u;
 
@@ -16,16 +15,15 @@ fn halves(w: vec2<u32>) -> vec4<f32> {
 fn load_scales(quad: u32, k: u32) -> Scales {
     let d = 2u * quad * params.quad_stride + params.k4;
     let blocks = params.k4 / 64u;
-    let scales = d + 2u * blocks;
+    let scales = 2u * (d + 2u * blocks);
     let group = k / SCALED_K4;
-    let scale = unpack4xU8(weights[scales + group / 2u][group % 2u]);
-    let least = unpack4xU8(weights[scales + 4u * blocks + group / 2u][group % 2u]);
+    let scale = vec4<f32>(unpack4xU8(word(scales + group)));
+    let least = vec4<f32>(unpack4xU8(word(scales + 8u * blocks + group)));
     let block = d + k / 64u;
-    return Scales(halves(weights[block]) * vec4<f32>(scale), halves(weights[block + blocks]) * vec4<f32>(least));
+    return Scales(halves(words2(block)) * scale * PER_NIBBLE_UNIT, halves(words2(block + blocks)) * least);
 }
 
-fn load_weights4x4(quad: u32, k: u32, scales: Scales) -> mat4x4<f32> {
-    let codes = weights[2u * quad * params.quad_stride + k];
+fn decode(codes: vec2<u32>, scales: Scales) -> mat4x4<f32> {
     return mat4x4<f32>(
         scales.scale * nibbles(codes.x) - scales.least,
         scales.scale * nibbles(codes.x >> 16u) - scales.least,

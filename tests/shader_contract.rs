@@ -31,6 +31,7 @@ fn compile(kernel: &Kernel) -> Result<(Module, ModuleInfo), String> {
     })?;
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, kernel.needs_subgroups);
+    capabilities.set(Capabilities::SHADER_INT64, kernel.needs_int64());
     let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).map_err(|error| {
         format!("{}: {}", at(error.location(&source).map(|l| l.line_number)), error.emit_to_string(&source))
     })?;

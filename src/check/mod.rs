@@ -139,14 +139,21 @@ impl<'a> Case<'a> {
         // The layout of the weights is the same for every choice.
         let any = LayerPlan::new(self.config, self.format, gpu.profile(), &MatmulRequest::default())?;
         let harness = Harness::new(gpu, &any, self.weights).await?;
-        for choice in choices(gpu.profile(), tokens) {
+        let device = gpu.profile();
+        // Where it reads 64 bits at a time, it has to be able to do without.
+        let narrow = DeviceProfile { int64: false, ..device.clone() };
+        let choices = choices(device, tokens);
+        let subgroup_choices = choices.iter().filter(|choice| device.int64 && choice.needs_subgroups());
+        let narrow_choices: Vec<_> = subgroup_choices.map(|&choice| (&narrow, choice)).collect();
+        for (device, choice) in choices.iter().map(|&choice| (device, choice)).chain(narrow_choices) {
             let request = MatmulRequest { variant: None, choice: Some(choice) };
-            let plan = LayerPlan::new(self.config, self.format, gpu.profile(), &request)?.plan(tokens)?;
+            let plan = LayerPlan::new(self.config, self.format, device, &request)?.plan(tokens)?;
             for &stage in &Stage::ALL {
                 let is_matmul = matches!(stage, Stage::GateUp | Stage::Down);
                 let is_first = choice == MatmulChoice::Tiled { tile_m: 32, tile_n: 64 };
                 // Router and combine do not depend on the matmul, permute only on its tile height.
                 let due = is_matmul || (all_stages && (is_first || stage == Stage::Permute && choice.sorted()));
+                let due = due && (is_matmul || device.int64 == gpu.profile().int64);
                 let Some(dispatch) = plan.dispatches.iter().find(|d| d.kernel.stage == stage) else { continue };
                 if due {
                     let verdict = match stage {

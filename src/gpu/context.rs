@@ -55,7 +55,7 @@ impl Gpu {
     /// Opens `adapter` with the WebGPU default limits, or with all that it has.
     pub(crate) async fn open(adapter: &wgpu::Adapter, all_limits: bool) -> Result<Self> {
         let info = adapter.get_info();
-        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SHADER_INT64;
         let desc = wgpu::DeviceDescriptor {
             label: Some("wgmoe"),
             required_features: adapter.features() & wanted,
@@ -92,6 +92,7 @@ impl Gpu {
             max_workgroup_storage: limits.max_compute_workgroup_storage_size,
             max_storage_buffers: limits.max_storage_buffers_per_shader_stage,
             subgroup_size: has_subgroups.then_some(min),
+            int64: device.features().contains(wgpu::Features::SHADER_INT64),
             software: info.device_type == wgpu::DeviceType::Cpu,
         };
         let info = adapter::device_info(&info);

@@ -194,6 +194,7 @@ impl MatmulChoice {
     /// The kernel of `stage`, whose own files come last; the caller adds the output binding 5.
     pub(super) fn kernel(self, stage: Stage, tiles: Tiles, format: WeightFormat, input: Input, own: &[Part]) -> Kernel {
         let mut parts = vec![wgsl!("moe_params"), wgsl!("matmul_params"), wgsl!("step"), input.part()];
+        parts.push(if input.is_wide() { wgsl!("words_64") } else { wgsl!("words_32") });
         parts.extend(weights_parts(format));
         parts.push(match tiles {
             Tiles::Dense => wgsl!("tiles_dense"),
@@ -264,17 +265,19 @@ impl MatmulChoice {
 /// What loads weights of `format`.
 fn weights_parts(format: WeightFormat) -> Vec<Part> {
     match format {
-        WeightFormat::F32 => vec![wgsl!("weights_f32")],
-        WeightFormat::F16 => vec![wgsl!("weights_f16")],
-        WeightFormat::Bf16 => vec![wgsl!("weights_bf16")],
-        WeightFormat::Int8(_) => vec![wgsl!("weights_int8")],
-        WeightFormat::Int4(_) => vec![wgsl!("nibbles"), wgsl!("weights_int4")],
-        WeightFormat::Mxfp4 => vec![wgsl!("e2m1"), wgsl!("weights_mxfp4")],
-        WeightFormat::Nvfp4 => vec![wgsl!("e2m1"), wgsl!("e4m3"), wgsl!("weights_nvfp4")],
-        WeightFormat::Fp8 => vec![wgsl!("e4m3"), wgsl!("weights_fp8")],
-        WeightFormat::Q4_0 => vec![wgsl!("nibbles"), wgsl!("weights_q4_0")],
-        WeightFormat::Q8_0 => vec![wgsl!("signed_bytes"), wgsl!("weights_q8_0")],
-        WeightFormat::Q4K => vec![wgsl!("nibbles"), wgsl!("weights_q4_k")],
+        WeightFormat::F32 => vec![wgsl!("weights_f32"), wgsl!("codes_each")],
+        WeightFormat::F16 => vec![wgsl!("weights_f16"), wgsl!("codes_each")],
+        WeightFormat::Bf16 => vec![wgsl!("weights_bf16"), wgsl!("codes_each")],
+        WeightFormat::Int8(_) => vec![wgsl!("weights_int8"), wgsl!("codes_each")],
+        WeightFormat::Int4(_) => vec![wgsl!("nibbles"), wgsl!("weights_int4"), wgsl!("codes_4bit")],
+        WeightFormat::Mxfp4 => vec![wgsl!("e2m1"), wgsl!("weights_mxfp4"), wgsl!("codes_4bit")],
+        WeightFormat::Nvfp4 => {
+            vec![wgsl!("e2m1"), wgsl!("e4m3"), wgsl!("weights_nvfp4"), wgsl!("codes_4bit")]
+        }
+        WeightFormat::Fp8 => vec![wgsl!("e4m3"), wgsl!("weights_fp8"), wgsl!("codes_each")],
+        WeightFormat::Q4_0 => vec![wgsl!("nibbles"), wgsl!("weights_q4_0"), wgsl!("codes_4bit")],
+        WeightFormat::Q8_0 => vec![wgsl!("signed_bytes"), wgsl!("weights_q8_0"), wgsl!("codes_each")],
+        WeightFormat::Q4K => vec![wgsl!("nibbles"), wgsl!("weights_q4_k"), wgsl!("codes_4bit")],
         WeightFormat::Q6K => vec![wgsl!("nibbles"), wgsl!("signed_bytes"), wgsl!("weights_q6_k")],
     }
 }

@@ -159,6 +159,11 @@ impl Kernel {
         &self.label
     }
 
+    /// Whether it uses integers of 64 bits, which are no part of standard WGSL.
+    pub fn needs_int64(&self) -> bool {
+        self.parts.iter().any(|part| part.file == "words_64")
+    }
+
     /// The file and line of the part that holds `line` (1-based) of [`Kernel::wgsl`].
     pub fn locate(&self, line: u32) -> (&'static str, u32) {
         let mut first = 1;
@@ -173,13 +178,15 @@ impl Kernel {
     }
 }
 
-/// How a kernel reads its input rows.
+/// How a kernel reads its input rows; a grouped matmul its weights, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// Four elements at a time: the row stride is a multiple of 4.
     Vec4,
     /// One element at a time: any stride.
     Scalar,
+    /// As `Vec4`, and weights as well as inputs 64 bits at a time: for drivers on which a load costs by its elements.
+    Wide,
 }
 
 impl Input {
@@ -192,6 +199,7 @@ impl Input {
         match self {
             Input::Vec4 => wgsl!("input_vec4"),
             Input::Scalar => wgsl!("input_scalar"),
+            Input::Wide => wgsl!("input_64"),
         }
     }
 
@@ -199,7 +207,13 @@ impl Input {
         match self {
             Input::Vec4 => "",
             Input::Scalar => ".scalar",
+            Input::Wide => ".wide",
         }
+    }
+
+    /// Whether it reads 64 bits at a time.
+    pub fn is_wide(self) -> bool {
+        self == Input::Wide
     }
 }
 
@@ -213,7 +227,7 @@ pub fn all() -> Vec<Kernel> {
     for choice in matmul::MatmulChoice::examples() {
         for tiles in [Tiles::Routed, Tiles::Dense] {
             for &format in WeightFormat::ALL {
-                for input in [Input::Vec4, Input::Scalar] {
+                for input in [Input::Vec4, Input::Scalar, Input::Wide] {
                     kernels.push(gate_up::kernel(choice, tiles, format, swiglu, Epilogue::default(), input));
                     kernels.push(down::kernel(choice, tiles, format, false, input));
                 }

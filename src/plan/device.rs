@@ -22,6 +22,8 @@ pub struct DeviceProfile {
     pub max_storage_buffers: u32,
     /// The subgroup size, if subgroup operations can be used and there is exactly one size.
     pub subgroup_size: Option<u32>,
+    /// Whether shaders can use integers of 64 bits.
+    pub int64: bool,
     /// A driver that runs shaders on the CPU.
     pub software: bool,
 }
@@ -37,6 +39,7 @@ impl DeviceProfile {
             max_workgroup_storage: 16 << 10,
             max_storage_buffers: 8,
             subgroup_size: None,
+            int64: false,
             software: false,
         }
     }

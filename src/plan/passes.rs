@@ -241,6 +241,16 @@ impl Builder<'_> {
         Ok(RowsIn { buffer: normed, stride })
     }
 
+    /// How a grouped matmul reads. Software drivers loop over the lanes for each load: the fewer, the better.
+    fn input(&self, choice: MatmulChoice, stride: u32) -> Input {
+        let device = &self.plan.device;
+        let wide = device.software && device.int64 && choice.needs_subgroups();
+        match Input::of_stride(stride) {
+            Input::Vec4 if wide => Input::Wide,
+            input => input,
+        }
+    }
+
     /// All tokens by one matrix.
     fn project(
         &mut self,
@@ -253,7 +263,7 @@ impl Builder<'_> {
     ) -> Result<RowsIn> {
         let choice = variant::choose_dense(self.params.num_tokens, &self.plan.device, &self.plan.request);
         let format = self.plan.format_of(weights);
-        let kernel = down::kernel(choice, Tiles::Dense, format, false, Input::of_stride(x.stride));
+        let kernel = down::kernel(choice, Tiles::Dense, format, false, self.input(choice, x.stride));
         let product = Product {
             name,
             weights,
@@ -274,7 +284,7 @@ impl Builder<'_> {
         let c = &self.plan.config;
         let Some(shared) = c.extras().shared else { return Ok(()) };
         let choice = variant::choose_dense(self.params.num_tokens, &self.plan.device, &self.plan.request);
-        let (formats, input) = (self.plan.formats, Input::of_stride(x.stride));
+        let (formats, input) = (self.plan.formats, self.input(choice, x.stride));
         let inner = pad4(shared.intermediate_size);
         let format = formats.shared_gate_up;
         let kernel = gate_up::kernel(choice, Tiles::Dense, format, shared.activation, Epilogue::default(), input);
@@ -292,7 +302,7 @@ impl Builder<'_> {
         };
         self.matmul(&kernel, &product, &[("x", x.buffer), ("intermediate", "shared_intermediate")])?;
         // Its rows are experts times tokens already: as many rows of one expert after the other.
-        let kernel = down::kernel(choice, Tiles::Dense, formats.shared_down, false, Input::Vec4);
+        let kernel = down::kernel(choice, Tiles::Dense, formats.shared_down, false, self.input(choice, inner));
         let product = Product {
             name: "shared_down",
             weights: "shared_down_weights",
@@ -313,7 +323,7 @@ impl Builder<'_> {
         let (extras, tensors) = (c.extras(), plan.tensors);
         let inner = pad4(c.intermediate_size());
         let tiles = if plan.places.is_some() { Tiles::Cached } else { Tiles::Routed };
-        let input = Input::of_stride(expert_in.stride);
+        let input = self.input(choice, expert_in.stride);
         let epilogue = Epilogue { bias: tensors.up_bias, weigh_input: c.routing().weigh_input };
         let kernel = gate_up::kernel(choice, tiles, plan.formats.gate_up, c.activation(), epilogue, input);
         let first_columns = first_columns(c.activation(), c.intermediate_size());
@@ -332,7 +342,7 @@ impl Builder<'_> {
         let buffers = [("x", expert_in.buffer), ("topk_experts", topk_experts), ("bias", "gate_up_bias")];
         self.matmul(&kernel, &product, &buffers)?;
 
-        let kernel = down::kernel(choice, tiles, plan.formats.down, tensors.down_bias, Input::Vec4);
+        let kernel = down::kernel(choice, tiles, plan.formats.down, tensors.down_bias, self.input(choice, inner));
         let (tail, steps) = plan.steps();
         let expert_size = pad4(c.expert_size());
         let mut step = params;

@@ -299,13 +299,13 @@ impl WeightFormat {
     }
 
     /// Bytes of `columns` interleaved rows of `inputs` inputs: each region padded to a multiple of 4 inputs, all of it
-    /// to a multiple of 16 bytes.
+    /// to a multiple of 32 bytes.
     pub(crate) fn interleaved_bytes(self, columns: u64, inputs: u32) -> u64 {
         let region = |(bits, per): (u32, u32)| {
             let items = if per == ROW { 1 } else { u64::from(inputs.next_multiple_of(4).div_ceil(per)) };
             (items * columns * u64::from(bits)).div_ceil(8)
         };
-        self.regions().into_iter().map(region).sum::<u64>().next_multiple_of(16)
+        self.regions().into_iter().map(region).sum::<u64>().next_multiple_of(32)
     }
 
     /// Bytes of four columns of `inputs` inputs on a GPU.
