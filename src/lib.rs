@@ -10,10 +10,10 @@
 //!                       └ combine  weighted sum for each token        y [num_tokens, hidden_size]
 //! ```
 //!
-//! Nothing in a pass is read back to the host. A batch of up to 16 tokens takes four dispatches (it skips permute),
-//! a larger one takes five, and each further page of weights adds one. What only some layers have adds its own: shared
-//! experts two, a latent space two, a capacity one, each norm one. A layer's semantics are a [`MoeConfig`]: [`Routing`],
-//! [`Activation`] and [`LayerExtras`].
+//! Nothing in a pass is read back to the host. A batch of up to 16 tokens takes four dispatches (it skips permute), a
+//! single one mostly three (its down and combine are one), a larger batch five, and each further page of weights adds one.
+//! What only some layers have adds its own: shared experts two, a latent space two, a capacity one, each norm one. A
+//! layer's semantics are a [`MoeConfig`]: [`Routing`], [`Activation`] and [`LayerExtras`].
 //!
 //! # Example
 //!

@@ -476,7 +476,7 @@ fn dispatches_readbacks_and_allocations_stay_low() {
     for variant in std::iter::once(None).chain(variants(&context).into_iter().map(Some)) {
         let options = LayerOptions { matmul: variant, ..LayerOptions::default() };
         let layer = MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("the layer is valid");
-        for (num_tokens, most) in [(1, 4), (16, 4), (17, 7), (600, 7), (2000, 7)] {
+        for (num_tokens, most) in [(1, 4), (2, 4), (16, 4), (17, 7), (600, 7), (2000, 7)] {
             // Only the plan's own choice promises 4.
             let most = if variant.is_none() { most } else { 7 };
             let x = values.floats(num_tokens * 64);

@@ -9,6 +9,7 @@ use support::{Values, config};
 use wgmoe::kernels::matmul::VEC_ROWS;
 use wgmoe::kernels::params::Uniform;
 use wgmoe::kernels::{Stage, combine, router as router_kernel};
+use wgmoe::plan::cost::StageCost;
 use wgmoe::plan::pages::{WeightPage, weight_pages};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, grid, tile_slots};
 use wgmoe::reference::permute::{permute, tiles};
@@ -39,6 +40,7 @@ fn any_device() -> impl Strategy<Value = DeviceProfile> {
             max_buffer,
             subgroup_size,
             software,
+            int64: software,
             max_workgroups_per_dimension: if large { 1 << 31 } else { 65_535 },
             ..DeviceProfile::webgpu_floor()
         },
@@ -79,7 +81,7 @@ fn quad_bytes(format: WeightFormat, inputs: u32) -> u64 {
     };
     let inputs = inputs.next_multiple_of(4);
     let bits: u64 = shared.iter().map(|&(bits, per)| bits * u64::from(inputs.div_ceil(per))).sum();
-    ((u64::from(inputs) * code + bits) * 4 / 8).next_multiple_of(16)
+    ((u64::from(inputs) * code + bits) * 4 / 8).next_multiple_of(32)
 }
 
 /// Pages cover each (expert, column) once, in order, within the limit.
@@ -194,6 +196,16 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
                     assert!(elements <= u64::from(u32::MAX), "{elements} elements");
                 }
             }
+            Stage::DownCombine => {
+                let Uniform::Matmul(uniform) = dispatch.uniform else { panic!("not the uniform of a matmul") };
+                assert_eq!((tokens, layer.pages("down_weights").len()), (1, 1));
+                assert_eq!(uniform.num_tile_slots, config.top_k());
+                assert_eq!([uniform.begin_column, uniform.end_column], [0, uniform.num_columns]);
+                assert!(workgroups * u64::from(plan.matmul.tile_n()) >= u64::from(uniform.end_column));
+                assert_eq!(uniform.out_stride, config.hidden_size());
+                combined += uniform.end_column;
+                computed[1] += u64::from(config.num_experts()) * u64::from(uniform.end_column);
+            }
             other => panic!("{} is no part of a pass", other.name()),
         }
         stages.push(stage);
@@ -208,7 +220,9 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
     assert_eq!(names.contains("permute"), plan.matmul.sorted());
     let costed: Vec<&str> = plan.stages.iter().map(|cost| cost.name).filter(|&name| name != "logits").collect();
     assert_eq!(costed.iter().copied().collect::<BTreeSet<_>>(), names);
-    let flops: u64 = plan.stages.iter().filter(|cost| ["gate_up", "down"].contains(&cost.name)).map(|c| c.flops).sum();
+    let of_matmuls = |cost: &&StageCost| ["gate_up", "down", "down_combine"].contains(&cost.name);
+    let sums = if costed.contains(&"down_combine") { 2 * assignments * u64::from(config.hidden_size()) } else { 0 };
+    let flops: u64 = plan.stages.iter().filter(of_matmuls).map(|cost| cost.flops).sum::<u64>() - sums;
     let matmuls = assignments * 3 * u64::from(config.hidden_size()) * u64::from(config.intermediate_size());
     assert_eq!(flops, 2 * matmuls);
 }

@@ -48,6 +48,7 @@ fn twin(name: &str) -> String {
     let twin = match name {
         "token_table" => "router",
         "reweigh" => "capacity",
+        "down_combine" => "combine",
         "token_statistics" | "expert_statistics" => "statistics",
         other => other,
     };
@@ -327,7 +328,9 @@ fn devices() -> Vec<DeviceProfile> {
     let mut devices = Vec::new();
     for software in [false, true] {
         for subgroup_size in [None, Some(4), Some(8), Some(16), Some(32), Some(64), Some(128)] {
-            devices.push(DeviceProfile { software, subgroup_size, ..DeviceProfile::webgpu_floor() });
+            for int64 in [false, true] {
+                devices.push(DeviceProfile { software, subgroup_size, int64, ..DeviceProfile::webgpu_floor() });
+            }
         }
     }
     devices

@@ -58,7 +58,10 @@ const SHAPES: &[(u32, u32, u32, u32, u32, f64)] = &[
     (40, 52, 24, 1024, 32, 0.0),
     (300, 24, 16, 3, 1, 4.0),
     (48, 2048, 8, 6, 2, 0.0),
+    // Wide enough for a single token's down and combine to be one.
+    (1, 1030, 40, 6, 3, 0.0),
     // Whole blocks of every weight format.
+    (1, 512, 256, 5, 2, 0.0),
     (1, 256, 256, 5, 2, 0.0),
     (37, 512, 256, 5, 2, 1.0),
 ];
@@ -100,7 +103,7 @@ pub fn check_kernels(context: &Context, progress: &mut dyn FnMut(usize, usize, &
 fn formats(shape: usize) -> Vec<WeightFormat> {
     match SHAPES.len() - shape {
         1 => WeightFormat::every(),
-        2 => WeightFormat::ALL.to_vec(),
+        2 | 3 => WeightFormat::ALL.to_vec(),
         _ => vec![WeightFormat::F32, WeightFormat::F16],
     }
 }
@@ -148,8 +151,8 @@ impl<'a> Case<'a> {
         for (device, choice) in choices.iter().map(|&choice| (device, choice)).chain(narrow_choices) {
             let request = MatmulRequest { variant: None, choice: Some(choice) };
             let plan = LayerPlan::new(self.config, self.format, device, &request)?.plan(tokens)?;
-            for &stage in &Stage::ALL {
-                let is_matmul = matches!(stage, Stage::GateUp | Stage::Down);
+            for stage in Stage::ALL.into_iter().chain([Stage::DownCombine]) {
+                let is_matmul = matches!(stage, Stage::GateUp | Stage::Down | Stage::DownCombine);
                 let is_first = choice == MatmulChoice::Tiled { tile_m: 32, tile_n: 64 };
                 // Router and combine do not depend on the matmul, permute only on its tile height.
                 let due = is_matmul || (all_stages && (is_first || stage == Stage::Permute && choice.sorted()));
@@ -161,10 +164,11 @@ impl<'a> Case<'a> {
                         Stage::Permute => self.check_permute(&harness, &plan).await,
                         Stage::GateUp => self.check_gate_up(&harness, &plan).await,
                         Stage::Down => self.check_down(&harness, &plan).await,
+                        Stage::DownCombine => self.check_down_combine(&harness, &plan).await,
                         _ => self.check_combine(&harness, &plan).await,
                     };
                     let label = match stage {
-                        Stage::GateUp | Stage::Down => format!("{} {}", dispatch.kernel.label, choice.sizes()),
+                        _ if is_matmul => format!("{} {}", dispatch.kernel.label, choice.sizes()),
                         Stage::Permute => format!("permute tile {}", plan.params.tile_m),
                         _ => dispatch.kernel.label.clone(),
                     };
@@ -339,6 +343,38 @@ impl<'a> Case<'a> {
             return Ok(Verdict::failed("padding columns are not zero".to_owned()));
         }
         Ok(compare(&got, &expected, |at| sum_bound(i, magnitude[at])))
+    }
+
+    /// The token's experts one after the other, in the order of its choices.
+    async fn check_down_combine(&self, harness: &Harness<'_>, plan: &Plan) -> Result<Verdict> {
+        let c = self.config;
+        let [h, i] = [c.hidden_size(), c.intermediate_size()].map(|n| n as usize);
+        let permutation = &self.expected.permutation;
+        let weights: Vec<f32> = self.expected.router.topk_weights.iter().map(|&v| v as f32).collect();
+        let stride = i.next_multiple_of(4);
+        let mut x = vec![0.0f32; weights.len() * stride];
+        for (row, values) in self.rows(plan).into_iter().zip(self.expected.intermediate.chunks_exact(i)) {
+            x[row * stride..][..i].iter_mut().zip(values).for_each(|(x, &value)| *x = value as f32);
+        }
+        let (mut expected, mut magnitude) = (vec![0.0; h], vec![0.0; h]);
+        for (row, &a) in permutation.assignment_of_row.iter().enumerate() {
+            let (expert, weight) = (permutation.expert_of_row(row), f64::from(weights[a as usize]));
+            let x = &x[a as usize * stride..][..i];
+            for (column, (expected, magnitude)) in expected.iter_mut().zip(&mut magnitude).enumerate() {
+                let products = self.stored.down_proj[(expert * h + column) * i..][..i].iter().zip(x);
+                for product in products.map(|(&w, &x)| weight * f64::from(w) * f64::from(x)) {
+                    *expected += product;
+                    *magnitude += product.abs();
+                }
+            }
+        }
+        let inputs = [
+            ("x", words(&x)),
+            ("topk_experts", self.expected.router.topk_experts.as_slice()),
+            ("topk_weights", words(&weights)),
+        ];
+        let out = harness.run(plan, Stage::DownCombine, &inputs, &[Output::poisoned("y", h)]).await?;
+        Ok(compare(&floats(&out[0]), &expected, |at| sum_bound(i + weights.len(), magnitude[at])))
     }
 
     /// The device's rows in the reference's order and without their padding, and the first padding word that is not 0.

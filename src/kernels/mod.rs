@@ -6,6 +6,7 @@
 pub mod capacity;
 pub mod combine;
 pub mod down;
+pub mod down_combine;
 mod examples;
 pub mod expert_statistics;
 pub mod gate_up;
@@ -95,6 +96,8 @@ pub enum Stage {
     Down,
     /// Weighted sum per token.
     Combine,
+    /// Second projection and weighted sum of a single token.
+    DownCombine,
     /// Not part of the pass: sums over each token's logits.
     TokenStatistics,
     /// Not part of the pass: sums over each sequence, by expert.
@@ -121,6 +124,7 @@ impl Stage {
             Stage::GateUp => "gate_up",
             Stage::Down => "down",
             Stage::Combine => "combine",
+            Stage::DownCombine => "down_combine",
             Stage::TokenStatistics => "token_statistics",
             Stage::ExpertStatistics => "expert_statistics",
             Stage::ProbeFma => "probe_fma",
@@ -230,17 +234,26 @@ pub fn all() -> Vec<Kernel> {
                 for input in [Input::Vec4, Input::Scalar, Input::Wide] {
                     kernels.push(gate_up::kernel(choice, tiles, format, swiglu, Epilogue::default(), input));
                     kernels.push(down::kernel(choice, tiles, format, false, input));
+                    if !choice.sorted() && tiles == Tiles::Routed {
+                        kernels.push(down_combine::kernel(choice, tiles, format, false, true, input));
+                    }
                 }
             }
         }
         kernels.push(gate_up::kernel(choice, Tiles::Cached, WeightFormat::F16, swiglu, Epilogue::default(), input));
         kernels.push(down::kernel(choice, Tiles::Cached, WeightFormat::F16, false, input));
+        if !choice.sorted() {
+            kernels.push(down_combine::kernel(choice, Tiles::Cached, WeightFormat::F16, false, true, input));
+        }
         for bias in [false, true] {
             for weigh_input in [false, true] {
                 let epilogue = Epilogue { bias, weigh_input };
                 kernels.push(gate_up::kernel(choice, Tiles::Routed, WeightFormat::F32, swiglu, epilogue, input));
             }
             kernels.push(down::kernel(choice, Tiles::Routed, WeightFormat::F32, bias, input));
+            if !choice.sorted() {
+                kernels.push(down_combine::kernel(choice, Tiles::Routed, WeightFormat::F32, bias, true, input));
+            }
         }
     }
     for activation in Activation::examples() {

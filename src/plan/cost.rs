@@ -17,17 +17,23 @@ pub struct StageCost {
     pub bytes: u64,
 }
 
+/// Which stages of a pass are apart, or in one.
+#[derive(Clone, Copy, Debug)]
+pub struct Dispatched {
+    /// There is a permute.
+    pub sorted: bool,
+    /// The router's dot products are a dispatch of their own.
+    pub logits_apart: bool,
+    /// Down and combine are one dispatch.
+    pub combine_fused: bool,
+}
+
 /// Costs of the stages that run and whose work is worth counting, in order. Norms, capacity and what else only some
 /// layers have beside matrices are small.
 ///
-/// `sorted`: there is a permute. `logits_apart`: the router's dot products are a dispatch of their own.
-pub fn stages(
-    config: &MoeConfig,
-    formats: &LayerFormats,
-    num_tokens: u32,
-    sorted: bool,
-    logits_apart: bool,
-) -> Vec<StageCost> {
+/// `how`: which of them are apart, or in one.
+pub fn stages(config: &MoeConfig, formats: &LayerFormats, num_tokens: u32, how: Dispatched) -> Vec<StageCost> {
+    let Dispatched { sorted, logits_apart, combine_fused } = how;
     let [t, h, d, i, e, k] = [
         num_tokens,
         config.hidden_size(),
@@ -79,8 +85,14 @@ pub fn stages(
         2 * a * columns * d,
         weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4),
     ));
-    stages.push(("down", 2 * a * d * i, weights(formats.down, reached * d, i) + 4 * (a * i4 + a * d4)));
-    stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * h)));
+    let down = (2 * a * d * i, weights(formats.down, reached * d, i) + 4 * a * i4);
+    let combine = (2 * a * d, 4 * (a + t * h));
+    if combine_fused {
+        stages.push(("down_combine", down.0 + combine.0, down.1 + combine.1));
+    } else {
+        stages.push(("down", down.0, down.1 + 4 * a * d4));
+        stages.push(("combine", combine.0, combine.1 + 4 * a * d4));
+    }
     if config.extras().latent_size.is_some() {
         stages.push(("latent_out", 2 * t * h * d, 4 * (h * d + t * d4 + t * h4)));
     }

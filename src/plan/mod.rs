@@ -430,8 +430,12 @@ impl LayerPlan {
             matmul,
             params,
             stages: {
-                let logits_apart = passes::multiplies_before(self, num_tokens, kind);
-                cost::stages(c, &self.formats, num_tokens, matmul.sorted(), logits_apart)
+                let how = cost::Dispatched {
+                    sorted: matmul.sorted(),
+                    logits_apart: passes::multiplies_before(self, num_tokens, kind),
+                    combine_fused: passes::fuses_combine(self, matmul, num_tokens, kind),
+                };
+                cost::stages(c, &self.formats, num_tokens, how)
             },
             dispatches: passes::dispatches(self, matmul, &params, kind)?,
         })

@@ -8,7 +8,9 @@ use crate::kernels::gate_up::Epilogue;
 use crate::kernels::matmul::{MatmulChoice, Tiles};
 use crate::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, Uniform};
 use crate::kernels::router::{FrontKind, Products};
-use crate::kernels::{Input, Kernel, capacity, combine, down, gate_up, norm, permute, reweigh, router, token_table};
+use crate::kernels::{
+    Input, Kernel, Stage, capacity, combine, down, down_combine, gate_up, norm, permute, reweigh, router, token_table,
+};
 use crate::model::activation::Activation;
 use crate::model::config::{Norm, SpecialKind};
 use crate::model::routing::{Masked, Noise, Selection};
@@ -16,6 +18,36 @@ use std::ops::Range;
 
 /// Multiply-adds of a router from which on a dispatch of their own pays.
 const MANY_PRODUCTS: u64 = 1 << 22;
+
+/// Down and combine are one dispatch: for a single token, whose rows nothing but their weighted sum is made of, where there
+/// is enough to do for all of the device although choices follow each other.
+pub(super) fn fuses_combine(plan: &LayerPlan, choice: MatmulChoice, num_tokens: u32, kind: PassKind) -> bool {
+    let c = &plan.config;
+    let columns = pad4(c.expert_size());
+    let enough = u64::from(columns.div_ceil(choice.tile_n())) >= u64::from(4 * plan.device.parallel_workgroups());
+    num_tokens == 1
+        && !choice.sorted()
+        && enough
+        && rows(plan, kind) == Rows::Weighted(!c.routing().weigh_input)
+        && plan.steps().0 == Tail::None
+        && c.extras().expert_out_norm.is_none()
+        && plan.pages("down_weights").len() == 1
+}
+
+/// What combine finds of a token's assignments.
+fn rows(plan: &LayerPlan, kind: PassKind) -> Rows {
+    let c = &plan.config;
+    let weigh = !c.routing().weigh_input;
+    // Choices from the caller may be nobody, too.
+    if !c.may_drop() && kind.front != FrontKind::Assignments {
+        return Rows::Weighted(weigh);
+    }
+    Rows::Dropped {
+        weigh,
+        special_is_identity: c.extras().special_kind == SpecialKind::Identity,
+        pass_through: c.routing().capacity.is_some_and(|capacity| capacity.pass_through),
+    }
+}
 
 /// Rows of numbers in a buffer.
 #[derive(Clone, Copy, Debug)]
@@ -342,7 +374,7 @@ impl Builder<'_> {
         let buffers = [("x", expert_in.buffer), ("topk_experts", topk_experts), ("bias", "gate_up_bias")];
         self.matmul(&kernel, &product, &buffers)?;
 
-        let kernel = down::kernel(choice, tiles, plan.formats.down, tensors.down_bias, self.input(choice, inner));
+        let input = self.input(choice, inner);
         let (tail, steps) = plan.steps();
         let expert_size = pad4(c.expert_size());
         let mut step = params;
@@ -352,8 +384,29 @@ impl Builder<'_> {
         // y has no padding, other buffers do.
         let target = if steps.is_empty() { "y" } else { "routed" };
         step.hidden_size = if steps.is_empty() { c.hidden_size() } else { expert_size };
-        let rows = self.rows();
-        for first_column in (0..expert_size).step_by(params.hidden_stride as usize) {
+        let rows = rows(plan, self.kind);
+        let fused = fuses_combine(plan, choice, params.num_tokens, self.kind);
+        if fused {
+            let weigh = rows == Rows::Weighted(true);
+            let kernel = down_combine::kernel(choice, tiles, plan.formats.down, tensors.down_bias, weigh, input);
+            let product = Product {
+                name: "down_combine",
+                weights: "down_weights",
+                columns: 0..expert_size,
+                inputs: c.intermediate_size(),
+                bias_stride: expert_size,
+                x_stride: inner,
+                out_stride: step.hidden_size,
+                activation: Activation::default(),
+                choice,
+                dense_experts: None,
+            };
+            let buffers = [("x", "intermediate"), ("topk_experts", topk_experts), ("bias", "down_bias"), ("y", target)];
+            self.matmul(&kernel, &product, &buffers)?;
+        }
+        let kernel = down::kernel(choice, tiles, plan.formats.down, tensors.down_bias, input);
+        let slices = if fused { 0..0 } else { 0..expert_size };
+        for first_column in slices.step_by(params.hidden_stride as usize) {
             let end_column = expert_size.min(first_column + params.hidden_stride);
             let product = Product {
                 name: "down",
@@ -433,20 +486,6 @@ impl Builder<'_> {
         params.out_stride = pad4(c.hidden_size());
     }
 
-    fn rows(&self) -> Rows {
-        let c = &self.plan.config;
-        let weigh = !c.routing().weigh_input;
-        // Choices from the caller may be nobody, too.
-        if !c.may_drop() && self.kind.front != FrontKind::Assignments {
-            return Rows::Weighted(weigh);
-        }
-        Rows::Dropped {
-            weigh,
-            special_is_identity: c.extras().special_kind == SpecialKind::Identity,
-            pass_through: c.routing().capacity.is_some_and(|capacity| capacity.pass_through),
-        }
-    }
-
     /// One dispatch for each page that holds some of the columns, over all tiles: workgroups whose expert is in another
     /// page return at once. The output's first column is the first that is due.
     fn matmul(&mut self, kernel: &Kernel, product: &Product, buffers: &[(&'static str, &'static str)]) -> Result<()> {
@@ -485,7 +524,9 @@ impl Builder<'_> {
                 limit,
                 alpha,
             };
-            let workgroups = u64::from(num_tile_slots) * u64::from(num_column_tiles);
+            // A workgroup of the fused kernel goes through all slots.
+            let slots = if kernel.stage == Stage::DownCombine { 1 } else { num_tile_slots };
+            let workgroups = u64::from(slots) * u64::from(num_column_tiles);
             let grid = grid::fold(workgroups, plan.device.max_workgroups_per_dimension)?;
             let mut buffers = buffers.to_vec();
             buffers.push(("weights", p.weights));
