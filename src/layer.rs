@@ -157,7 +157,7 @@ impl MoeLayer {
                 if let Some(most) = options.max_binding_bytes {
                     device.max_storage_binding = device.max_storage_binding.min(most);
                 }
-                let request = MatmulRequest { variant: options.matmul, choice: options.tile };
+                let request = MatmulRequest { variant: options.matmul, choice: options.tile, tuned: None };
                 let tensors = OptionalTensors::of(weights);
                 let experts = config.num_experts();
                 let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
