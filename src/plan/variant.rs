@@ -162,8 +162,8 @@ const SOFTWARE_TILE: &[(u32, u32)] = &[(16, 64)];
 /// are fed.
 ///
 /// Measured with `wgmoe tune` on lavapipe (2026-11-25; f16 and int4; 1 to 512 tokens; the layers `small` and
-/// `qwen3-30b-a3b`): the best choice is at most 1.16 times as fast, with a sort at 16 tokens. On SwiftShader, 1.12 times,
-/// where both ran often enough (f16, `small`, 1 to 16 tokens).
+/// `qwen3-30b-a3b`): the best choice is at most 1.16 times as fast, with a sort at 16 tokens. On SwiftShader (`small`, 1 to
+/// 16 tokens, a busy machine) 1.0 to 1.12 times in 10 or more rounds, and 1.22 times in 5 (int4, 16 tokens, with a sort).
 pub fn choose(
     top_k: u32,
     num_experts: u32,
