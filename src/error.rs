@@ -174,6 +174,18 @@ pub enum Error {
         /// What the configuration asks for.
         expected: String,
     },
+    /// A tuning file that is not used: damaged, or made by or for something else.
+    #[error("{path}: {what} is {found}, expected {expected}; `wgmoe tune` makes a new one", path = path.display())]
+    BadTuning {
+        /// The file.
+        path: PathBuf,
+        /// What of it.
+        what: String,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
     /// A family description that cannot be used.
     #[error("{path}: {message}", path = path.display())]
     BadFamily {

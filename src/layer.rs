@@ -4,7 +4,7 @@ use crate::context::{Context, Engine};
 use crate::cpu::{self, CpuLayer};
 use crate::error::{Error, Result};
 use crate::gpu::context::lock;
-use crate::gpu::layer::{Edit, GpuLayer, RecordedFront, Recording};
+use crate::gpu::layer::{Edit, GpuLayer, RecordedFront, Recording, SetAside};
 use crate::gpu::{Buffer, CommandEncoder, PassStats, ResidencyStats, StageTime};
 use crate::kernels::matmul::{MatmulChoice, MatmulVariant};
 use crate::model::batch::{Batch, Front};
@@ -15,8 +15,9 @@ use crate::model::routing::RoutingDecision;
 use crate::model::source::{ExpertSource, HostSource};
 use crate::model::statistics::Statistics;
 use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors};
-use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
-use std::sync::Mutex;
+use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, TunedChoices};
+use crate::tune::Tuning;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Choices that are not part of what the layer computes.
@@ -35,6 +36,11 @@ pub struct LayerOptions {
     pub gpu_memory: GpuMemory,
     /// Experts that stay on the GPU, if not all do. One place has to be left for others.
     pub pinned_experts: Vec<u32>,
+    /// Choices that were measured on this very device: where one fits a pass, it goes before the plan's table. `matmul`
+    /// and `tile` go before it. The library reads no file by itself, so that results do not depend on what somebody once
+    /// stored: a program that wants what `wgmoe tune` stored asks for it with [`Tuning::for_context`]. The CPU engine has
+    /// nothing to choose.
+    pub tuning: Option<Arc<Tuning>>,
 }
 
 /// What routed experts may take of a GPU's memory. If they do not all fit, they stay on the host and are brought in as
@@ -157,7 +163,8 @@ impl MoeLayer {
                 if let Some(most) = options.max_binding_bytes {
                     device.max_storage_binding = device.max_storage_binding.min(most);
                 }
-                let request = MatmulRequest { variant: options.matmul, choice: options.tile };
+                let tuned = options.tuning.as_ref().map(|tuning| tuning.choices_for(gpu.info())).transpose()?;
+                let request = MatmulRequest { variant: options.matmul, choice: options.tile, tuned };
                 let tensors = OptionalTensors::of(weights);
                 let experts = config.num_experts();
                 let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
@@ -181,6 +188,21 @@ impl MoeLayer {
             }
         };
         Ok(Self { config, options: options.clone(), engine })
+    }
+
+    /// Another plan for this layer, with other measured choices; [`MoeLayer::exchange`] puts it in force.
+    pub(crate) fn with_tuned(&self, tuned: Arc<TunedChoices>) -> Result<SetAside> {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => layer.with_tuned(tuned),
+            LayerEngine::Cpu(_) => Err(nothing_to_tune()),
+        }
+    }
+
+    /// Runs by the other plan from now on, and sets the present one aside. Weights stay where they are.
+    pub(crate) fn exchange(&mut self, other: &mut SetAside) {
+        if let LayerEngine::Gpu(layer) = &mut self.engine {
+            layer.exchange(other);
+        }
     }
 
     /// How its experts are stored.
@@ -505,5 +527,14 @@ impl MoeLayer {
             LayerEngine::Gpu(layer) => layer.plan().passes(num_tokens).count(),
             LayerEngine::Cpu(_) => usize::from(num_tokens > 0),
         }
+    }
+}
+
+/// The CPU engine has one kernel.
+pub(crate) fn nothing_to_tune() -> Error {
+    Error::Unsupported {
+        what: "tuning".to_owned(),
+        by: "by the embedded CPU engine, which has one kernel and nothing to choose".to_owned(),
+        hint: "choose an adapter; `wgmoe info` lists them".to_owned(),
     }
 }

@@ -53,6 +53,7 @@
 //! | checkpoints and model families | [`Checkpoint`], [`Family`] |
 //! | routers of every kind | [`model::routing`] |
 //! | measuring | [`mod@bench`] |
+//! | kernels chosen by measurement | [`mod@tune`] |
 //!
 //! # When not to use this
 //!
@@ -84,6 +85,7 @@ pub mod layer;
 pub mod model;
 pub mod plan;
 pub mod reference;
+pub mod tune;
 
 pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
 pub use check::{KernelCheck, check_kernels};
@@ -105,4 +107,5 @@ pub use model::routing::{
 pub use model::statistics::Statistics;
 pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};
 pub use plan::Plan;
+pub use tune::Tuning;
 pub use wgpu;

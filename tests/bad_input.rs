@@ -333,7 +333,7 @@ fn the_longest_loops_run_to_their_end() {
 fn variants_and_tiles_that_the_device_cannot_run() {
     let (config, _) = small();
     let floor = DeviceProfile::webgpu_floor();
-    let request = MatmulRequest { variant: Some(MatmulVariant::Subgroup), choice: None };
+    let request = MatmulRequest { variant: Some(MatmulVariant::Subgroup), ..MatmulRequest::default() };
     assert_error!(plan(&config, &floor, request.clone()), Error::Unsupported { .. });
     let device = DeviceProfile { subgroup_size: Some(8), ..floor };
     plan(&config, &device, request).expect("the device has subgroups");
@@ -346,12 +346,12 @@ fn variants_and_tiles_that_the_device_cannot_run() {
     bad.extend([0, 4, 16].map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
     bad.extend([0, 4, 16].map(|subgroup_size| MatmulChoice::VecSubgroup { subgroup_size, sorted: true }));
     for choice in bad {
-        let request = MatmulRequest { variant: None, choice: Some(choice) };
+        let request = MatmulRequest { choice: Some(choice), ..MatmulRequest::default() };
         assert_error!(plan(&config, &device, request), Error::InvalidConfig { field: "tile", .. });
     }
     for choice in MatmulChoice::examples() {
         if choice != (MatmulChoice::Subgroup { subgroup_size: 4 }) {
-            let request = MatmulRequest { variant: None, choice: Some(choice) };
+            let request = MatmulRequest { choice: Some(choice), ..MatmulRequest::default() };
             let plan = plan(&config, &device, request).expect("the examples are valid");
             let passes = plan.passes(100).count();
             assert_eq!(passes > 1, !choice.sorted(), "without a sort, 16 tokens are the most");

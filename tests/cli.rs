@@ -50,7 +50,7 @@ fn json(output: &Output) -> Value {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in ["info", "bench", "check", "families", "quantize", "run", "shader"] {
+    for command in ["info", "bench", "check", "families", "quantize", "run", "shader", "tune"] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);
@@ -94,6 +94,15 @@ fn unusable_arguments_are_exit_code_2_and_name_the_argument() {
         (&["quantize", "Cargo.toml", "--to", "int4:g48", "--output", "y"], "16, 32, 64 or 128"),
         (&["quantize", "Cargo.toml", "--to", "int4", "--output", "no-such-folder/y"], "no-such-folder"),
         (&["run", "Cargo.toml", "--input", "Cargo.toml", "--output", "y", "--gpu-memory", "lots"], "4GiB"),
+        (&["bench", "--tuning", "no-such-tuning.json"], "no-such-tuning"),
+        (&["tune", "--tokens", "0"], "--tokens"),
+        (&["tune", "--budget", "0"], "--budget"),
+        (&["tune", "--budget", "soon"], "--budget"),
+        (&["tune", "--preset", "gpt-99"], "mixtral-8x7b"),
+        (&["tune", "--top-k", "9", "--experts", "8"], "1 to 8"),
+        (&["tune", "--weights", "f16,f17"], "f17"),
+        (&["tune", "--weights", "int4", "--hidden", "100"], "a multiple of 32"),
+        (&["tune", "--output", "no-such-folder/y.json"], "no-such-folder"),
         (&["shader", "no-such-kernel"], "combine"),
         (&["shader", "combine", "--to", "glsl"], "hlsl"),
     ];

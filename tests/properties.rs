@@ -298,7 +298,7 @@ proptest! {
         variant in prop::option::of(prop::sample::select(MatmulVariant::ALL)),
         batch in prop_oneof![1..=40u32, 1..=1u32 << 20],
     ) {
-        let request = MatmulRequest { variant, choice: None };
+        let request = MatmulRequest { variant, ..MatmulRequest::default() };
         let limit = device.max_buffer_bytes();
         let config = in_blocks(&config, format);
         let plan = match LayerPlan::new(&config, format, &device, &request) {

@@ -9,7 +9,7 @@ use std::mem::{offset_of, size_of};
 use std::path::{Path, PathBuf};
 use wgmoe::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, StatisticsParams};
 use wgmoe::kernels::{self, Access, Kernel, Part, Stage};
-use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest};
+use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, variant};
 use wgmoe::{Activation, LayerFormats, MatmulVariant, MoeConfig, Routing, WeightFormat};
 
 /// What a checker found wrong, one line each.
@@ -208,14 +208,17 @@ fn check_overrides(kernel: &Kernel, module: &Module, info: &ModuleInfo) -> Fault
     if workgroup_size.iter().product::<u32>() > floor.max_invocations {
         faults.push(format!("workgroup size {workgroup_size:?}, WebGPU guarantees {}", floor.max_invocations));
     }
-    let workgroup = module.global_variables.iter().filter(|(_, v)| v.space == AddressSpace::WorkGroup);
-    // Vulkan counts each variable rounded up to 16 bytes.
-    let sizes = workgroup.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx()).next_multiple_of(16));
-    let bytes: u32 = sizes.sum();
+    let bytes = workgroup_bytes(module);
     if bytes > floor.max_workgroup_storage {
         faults.push(format!("{bytes} bytes of workgroup memory, WebGPU guarantees {}", floor.max_workgroup_storage));
     }
     faults
+}
+
+/// Workgroup memory of a resolved module. Vulkan counts each variable rounded up to 16 bytes.
+fn workgroup_bytes(module: &Module) -> u32 {
+    let workgroup = module.global_variables.iter().filter(|(_, v)| v.space == AddressSpace::WorkGroup);
+    workgroup.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx()).next_multiple_of(16)).sum()
 }
 
 /// The first line of every part, the header of every stage file, and a shape on every storage binding.
@@ -352,7 +355,7 @@ fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
                 let variants = std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some));
                 let formats = || WeightFormat::ALL.iter().filter(|f| LayerFormats::from(**f).check(&config).is_ok());
                 for (variant, &format) in variants.flat_map(|v| formats().map(move |f| (v, f))) {
-                    let request = MatmulRequest { variant, choice: None };
+                    let request = MatmulRequest { variant, ..MatmulRequest::default() };
                     let Ok(plan) = LayerPlan::new(&config, format, &device, &request) else {
                         assert_eq!((variant, device.subgroup_size), (Some(MatmulVariant::Subgroup), None));
                         continue;
@@ -377,6 +380,36 @@ fn every_choice_of_the_plan_fits_the_webgpu_defaults() {
     assert_no_faults(faults);
 }
 
+/// What the tuner may choose fits every WebGPU device, too, and its workgroup memory is what Rust says it is.
+#[test]
+fn every_candidate_has_the_workgroup_memory_that_it_says() {
+    let config = MoeConfig::new(256, 256, 8, 2, Routing::softmax(true), Activation::SWIGLU).expect("valid sizes");
+    let mut checked = BTreeSet::new();
+    for (device, num_tokens) in devices().iter().flat_map(|device| [1, 16, 100, 1000].map(|tokens| (device, tokens))) {
+        for choice in variant::candidates(2, 8, num_tokens, device) {
+            let request = MatmulRequest { choice: Some(choice), ..MatmulRequest::default() };
+            let plan = LayerPlan::new(&config, WeightFormat::F16, device, &request).and_then(|p| p.plan(num_tokens));
+            for dispatch in plan.expect("it fits").dispatches {
+                let kernel = dispatch.kernel;
+                let is_matmul = matches!(kernel.stage, Stage::GateUp | Stage::Down);
+                if !is_matmul || !checked.insert(format!("{} {:?}", kernel.label, kernel.overrides)) {
+                    continue;
+                }
+                assert_no_faults(vec![(kernel.label.clone(), check(&kernel))]);
+                let (module, info) = compile(&kernel).expect("it was checked");
+                let constants = kernel.overrides.iter().map(|&(name, value)| (name.to_owned(), f64::from(value)));
+                let entry_point = Some((ShaderStage::Compute, kernel.stage.name()));
+                let constants = constants.collect();
+                let resolved =
+                    naga::back::pipeline_constants::process_overrides(&module, &info, entry_point, &constants);
+                let (module, _) = resolved.expect("it was checked");
+                assert_eq!(u64::from(workgroup_bytes(&module)), choice.workgroup_bytes(), "{choice:?}");
+            }
+        }
+    }
+    assert!(checked.len() > 30, "{checked:?}");
+}
+
 /// Every kernel that a plan can choose is in the list, so that what goes through the list goes through all of them.
 #[test]
 fn the_list_holds_every_kernel_of_every_plan() {
@@ -386,7 +419,7 @@ fn the_list_holds_every_kernel_of_every_plan() {
         let config = MoeConfig::new(hidden_size, 256, 8, 2, routing, Activation::SWIGLU).expect("the sizes are valid");
         for (device, &format) in devices().iter().flat_map(|d| WeightFormat::ALL.iter().map(move |f| (d, f))) {
             for variant in std::iter::once(None).chain(MatmulVariant::ALL.iter().copied().map(Some)) {
-                let request = MatmulRequest { variant, choice: None };
+                let request = MatmulRequest { variant, ..MatmulRequest::default() };
                 let Ok(plan) = LayerPlan::new(&config, format, device, &request) else { continue };
                 for num_tokens in [1, 17, 1000] {
                     for dispatch in plan.plan(num_tokens).expect("it fits").dispatches {

@@ -9,7 +9,10 @@ use crate::error::Result;
 use crate::model::config::MoeConfig;
 use crate::model::formats::WeightFormat;
 use crate::model::routing::RoutingDecision;
-use crate::{Context, GpuMemory, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, dense_matmul_time};
+use crate::{
+    Context, GpuMemory, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, Tuning, dense_matmul_time,
+};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Batches from this size on are compared with a dense matmul: below, a dense matmul is a matrix-vector product.
@@ -34,6 +37,8 @@ pub struct Bench<'a> {
     pub weights: WeightFormat,
     /// The grouped matmul; `None` leaves it to the plan.
     pub matmul: Option<MatmulVariant>,
+    /// What the plan goes by where it was measured.
+    pub tuning: Option<Arc<Tuning>>,
     /// GPU memory for routed experts.
     pub gpu_memory: GpuMemory,
     /// Experts that stay there.
@@ -82,6 +87,7 @@ impl Bench<'_> {
         let options = LayerOptions {
             weights: self.weights,
             matmul: self.matmul,
+            tuning: self.tuning.clone(),
             gpu_memory: self.gpu_memory,
             pinned_experts: self.pinned_experts.clone(),
             ..Default::default()
@@ -164,7 +170,12 @@ impl Bench<'_> {
             max_s: times.max_s,
             runs: times.runs,
             skew: workload.skew,
-            matmul: self.matmul.map_or("auto", |variant| variant.name()).to_owned(),
+            matmul: match self.matmul {
+                Some(variant) => variant.name(),
+                None if layer.plan(tokens)?.tuned => "tuned",
+                None => "auto",
+            }
+            .to_owned(),
             gflops,
             gbytes_per_s: cost.bytes / times.median_s / 1e9,
             read_fraction: bandwidth.map(|(_, bandwidth)| cost.bytes / times.median_s / 1e9 / bandwidth),
@@ -307,6 +318,7 @@ mod tests {
             roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
+            tuning: None,
             gpu_memory: GpuMemory::All,
             pinned_experts: Vec::new(),
             fresh_tokens: false,

@@ -29,6 +29,9 @@ pub struct Results {
     /// The router alone, if it was asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub routers: Vec<RouterTime>,
+    /// The file of the tuning that was used, if one was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<String>,
 }
 
 /// The device.
@@ -91,7 +94,7 @@ pub struct Row {
     pub runs: usize,
     /// Exponent of the Zipf distribution over experts.
     pub skew: f64,
-    /// The grouped matmul that was asked for: auto, or the name of a variant.
+    /// The grouped matmul that was asked for: the name of a variant, or auto; tuned where a tuning chose it then.
     pub matmul: String,
     /// `2 * tokens * top_k * 3 * hidden_size * intermediate_size + 2 * tokens * hidden_size * num_experts`, by the
     /// median time.
@@ -228,6 +231,7 @@ mod tests {
             rows: vec![row],
             failures: Vec::new(),
             routers: Vec::new(),
+            tuning: None,
         }
     }
 

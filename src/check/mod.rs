@@ -21,7 +21,7 @@ use crate::model::config::MoeConfig;
 use crate::model::formats::WeightFormat;
 use crate::model::routing::Routing;
 use crate::model::weights::MoeWeights;
-use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan};
+use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, variant};
 use crate::reference::router::{self, Logits, Router};
 use crate::reference::{self, Forward, permute::Permutation};
 
@@ -145,11 +145,11 @@ impl<'a> Case<'a> {
         let device = gpu.profile();
         // Where it reads 64 bits at a time, it has to be able to do without.
         let narrow = DeviceProfile { int64: false, ..device.clone() };
-        let choices = choices(device, tokens);
+        let choices = choices(device, self.config, tokens);
         let subgroup_choices = choices.iter().filter(|choice| device.int64 && choice.needs_subgroups());
         let narrow_choices: Vec<_> = subgroup_choices.map(|&choice| (&narrow, choice)).collect();
         for (device, choice) in choices.iter().map(|&choice| (device, choice)).chain(narrow_choices) {
-            let request = MatmulRequest { variant: None, choice: Some(choice) };
+            let request = MatmulRequest { choice: Some(choice), ..MatmulRequest::default() };
             let plan = LayerPlan::new(self.config, self.format, device, &request)?.plan(tokens)?;
             for stage in Stage::ALL.into_iter().chain([Stage::DownCombine]) {
                 let is_matmul = matches!(stage, Stage::GateUp | Stage::Down | Stage::DownCombine);
@@ -429,17 +429,21 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Every variant, in every tile size that a plan may choose, that the device can run.
-fn choices(device: &DeviceProfile, tokens: u32) -> Vec<MatmulChoice> {
-    let mut choices: Vec<_> = [16, 32, 64].map(|tile_m| MatmulChoice::Tiled { tile_m, tile_n: 64 }).into();
-    choices.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
-    let few = tokens <= crate::plan::variant::FEW_TOKENS;
+/// Every choice that a plan or the tuner may make here, and every other that a plan may make elsewhere, as far as the
+/// device can run them.
+fn choices(device: &DeviceProfile, config: &MoeConfig, tokens: u32) -> Vec<MatmulChoice> {
+    let mut choices = variant::candidates(config.top_k(), config.num_experts(), tokens, device);
+    let mut elsewhere: Vec<_> = [16, 32, 64].map(|tile_m| MatmulChoice::Tiled { tile_m, tile_n: 64 }).into();
+    elsewhere.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
+    let few = tokens <= variant::FEW_TOKENS;
     for sorted in [true, false].into_iter().filter(|&sorted| sorted || few) {
         for (workgroup_size, k_lanes) in [(64, 16), (8, 1)] {
-            choices.push(MatmulChoice::Vec { workgroup_size, k_lanes, sorted });
+            elsewhere.push(MatmulChoice::Vec { workgroup_size, k_lanes, sorted });
         }
-        choices.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::VecSubgroup { subgroup_size, sorted }));
+        elsewhere.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::VecSubgroup { subgroup_size, sorted }));
     }
+    elsewhere.retain(|choice| !choices.contains(choice));
+    choices.extend(elsewhere);
     choices
 }
 

@@ -9,7 +9,7 @@ use crate::kernels::router::FrontKind;
 use crate::model::routing::RoutingDecision;
 use crate::model::source::ExpertSource;
 use crate::model::weights::{MoeWeights, OptionalTensors};
-use crate::plan::{LayerPlan, PassKind, Plan};
+use crate::plan::{LayerPlan, PassKind, Plan, TunedChoices};
 use async_lock::Mutex;
 use residency::Residency;
 use std::collections::{HashMap, HashSet};
@@ -89,6 +89,14 @@ struct Prepared {
     pipelines: Vec<Arc<Pipeline>>,
 }
 
+/// A plan of a layer, with the passes that were prepared by it, while the layer runs by another. Weights and scratch
+/// buffers stay with the layer.
+pub(crate) struct SetAside {
+    plan: LayerPlan,
+    passes: HashMap<PassKey, Prepared>,
+    bound: HashMap<PassKey, Bound>,
+}
+
 struct Bound {
     x: wgpu::Buffer,
     y: wgpu::Buffer,
@@ -124,6 +132,20 @@ impl GpuLayer {
 
     pub(crate) fn plan(&self) -> &LayerPlan {
         &self.plan
+    }
+
+    /// Another plan for this layer: the same, with other measured choices.
+    pub(crate) fn with_tuned(&self, tuned: Arc<TunedChoices>) -> Result<SetAside> {
+        Ok(SetAside { plan: self.plan.with_tuned(tuned)?, passes: HashMap::new(), bound: HashMap::new() })
+    }
+
+    /// Runs by the other plan from now on, and sets the present one aside. Nothing is uploaded or compiled again.
+    pub(crate) fn exchange(&mut self, other: &mut SetAside) {
+        let state = self.state.get_mut();
+        std::mem::swap(&mut self.plan, &mut other.plan);
+        std::mem::swap(&mut state.passes, &mut other.passes);
+        // Bind groups know their x and y. Where scratch buffers have grown since, those are others too.
+        std::mem::swap(&mut state.bound, &mut other.bound);
     }
 
     pub(crate) async fn last(&self) -> PassStats {

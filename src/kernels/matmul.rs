@@ -3,6 +3,7 @@
 use super::{Access, Input, Kernel, Part, Stage, bind, wgsl};
 use crate::error::Error;
 use crate::model::formats::WeightFormat;
+use serde::{Deserialize, Serialize};
 use std::str::FromStr;
 
 /// Packed columns that one lane owns (`LANE_COLUMNS` in `shaders/matmul_params.wgsl`).
@@ -64,8 +65,9 @@ impl FromStr for MatmulVariant {
     }
 }
 
-/// A variant with its sizes: what the plan chooses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A variant with its sizes: what the plan chooses. As JSON, `{"kind": "tiled", "tile_m": 32, "tile_n": 64}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum MatmulChoice {
     /// `tile_m` rows by `tile_n` packed columns, both multiples of 4; `tile_m * tile_n / 16` lanes.
     Tiled {
@@ -147,6 +149,17 @@ impl MatmulChoice {
     /// Whether it uses subgroup operations.
     pub fn needs_subgroups(self) -> bool {
         matches!(self, MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. })
+    }
+
+    /// Workgroup memory of its kernels, in bytes: `tile_x` and `tile_w` of `shaders/matmul_tiled.wgsl`, or the sums of
+    /// `shaders/reduce.wgsl`.
+    pub fn workgroup_bytes(self) -> u64 {
+        const VEC4: u64 = 16;
+        match self {
+            MatmulChoice::Tiled { tile_m, tile_n } => (u64::from(tile_m) * 5 + u64::from(tile_n) * 4) * VEC4,
+            MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. } => 0,
+            MatmulChoice::Vec { workgroup_size, .. } => u64::from(workgroup_size) * VEC4,
+        }
     }
 
     fn workgroup_size(self) -> u32 {

@@ -6,6 +6,7 @@ pub mod device;
 pub mod grid;
 pub mod pages;
 mod passes;
+pub mod tuned;
 pub mod variant;
 
 use crate::error::{Error, Result};
@@ -21,6 +22,8 @@ use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
+use std::sync::Arc;
+pub use tuned::{ShapeClass, TunedChoices};
 pub use variant::MatmulRequest;
 
 /// Bits of the NaN that marks a token without a valid routing.
@@ -99,6 +102,8 @@ pub struct Plan {
     pub num_tokens: u32,
     /// The grouped matmul's variant and tile sizes.
     pub matmul: MatmulChoice,
+    /// Those were measured to be the best for such work, not taken from the table.
+    pub tuned: bool,
     /// Uniform of permute and combine.
     pub params: MoeParams,
     /// Kernels in the order in which they run.
@@ -265,6 +270,14 @@ impl LayerPlan {
         Self::with_tensors(config, self.tensors, self.formats, &self.device, &self.request, self.nominal_experts)
     }
 
+    /// The same layer with its weights where they are, and other measured choices.
+    pub(crate) fn with_tuned(&self, tuned: Arc<TunedChoices>) -> Result<Self> {
+        let mut plan = Self { request: MatmulRequest { tuned: Some(tuned), ..self.request.clone() }, ..self.clone() };
+        plan.request.check(&plan.device)?;
+        plan.max_tokens = plan.find_max_tokens(plan.device.max_buffer_bytes())?;
+        Ok(plan)
+    }
+
     /// Every packed matrix of the layer.
     pub fn matrices(&self) -> &[Matrix] {
         &self.matrices
@@ -408,7 +421,9 @@ impl LayerPlan {
         self.request.check_tokens(num_tokens)?;
         let slice_width = self.slice_width(num_assignments)?;
         let experts = self.nominal_experts.saturating_sub(c.extras().special_experts).max(1);
-        let matmul = variant::choose(c.top_k(), experts, num_tokens, &self.device, &self.request);
+        let tuned = self.request.tuned(ShapeClass::with_experts(c, experts, num_tokens), self.formats.gate_up);
+        let matmul =
+            tuned.unwrap_or_else(|| variant::choose(c.top_k(), experts, num_tokens, &self.device, &self.request));
         let slots = tile_slots(assignments, c.num_weighted_experts(), matmul.tile_m());
         // Without a sort, every assignment is a slot.
         let num_tile_slots = if matmul.sorted() { slots as u32 } else { num_assignments };
@@ -428,6 +443,7 @@ impl LayerPlan {
         Ok(Plan {
             num_tokens,
             matmul,
+            tuned: tuned.is_some(),
             params,
             stages: {
                 let how = cost::Dispatched {

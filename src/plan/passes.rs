@@ -1,6 +1,6 @@
 //! The dispatches of a pass, in order. What only some layers have adds dispatches to those that every layer has.
 
-use super::variant::{self, MatmulRequest};
+use super::variant;
 use super::{Dispatch, LayerPlan, PassKind, QUIET_NAN, STEP_BUFFERS, Step, first_columns, grid, over_limit, pad4};
 use crate::error::Result;
 use crate::kernels::combine::{Rows, Tail};
@@ -118,7 +118,7 @@ pub(super) fn dispatches(
 /// little work, nor where expert outputs come in slices, which has enough dispatches already.
 pub(super) fn multiplies_before(plan: &LayerPlan, num_tokens: u32, kind: PassKind) -> bool {
     let jitters = kind.noise && matches!(plan.config.routing().noise, Noise::Jitter { .. });
-    let pinned = plan.request != MatmulRequest::default();
+    let pinned = plan.request.is_pinned();
     let has_matrix = !plan.pages("router_matrix").is_empty();
     let c = &plan.config;
     let products = u64::from(num_tokens) * u64::from(router::num_rows(c)) * u64::from(c.hidden_size());

@@ -62,6 +62,8 @@ pub struct Args {
     /// Grouped matmul: auto, tiled, subgroup or vec
     #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
     matmul: Matmul,
+    #[command(flatten)]
+    tuning: crate::tuning::Args,
     /// Timed runs of each row [default: as many as fit two seconds, at least 5]
     #[arg(long, value_name = "N")]
     runs: Option<usize>,
@@ -93,6 +95,9 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         job.preset.config().is_ok_and(|config| exceeds_webgpu_limits(&config, args.weights, tokens))
     };
     let context = widen(context, &device, jobs.iter().any(needs_more), output)?;
+    // A variant that was asked for is not looked up, and the router alone has no grouped matmul.
+    let is_open = args.matmul.0.is_none() && !args.router;
+    let tuning = if is_open { args.tuning.find(&context, output) } else { None };
 
     let status = Status::new();
     status.set("measuring what this device can reach at best");
@@ -113,6 +118,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         roofline: roofline.clone(),
         weights,
         matmul,
+        tuning: tuning.as_ref().map(|found| found.tuning.clone()),
         gpu_memory: args.memory.gpu_memory,
         pinned_experts: args.memory.pin_experts.clone(),
         fresh_tokens: args.fresh_tokens,
@@ -132,6 +138,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         rows: Vec::new(),
         failures: Vec::new(),
         routers: Vec::new(),
+        tuning: tuning.as_ref().map(|found| found.path.display().to_string()),
     };
     if args.router {
         status.set("timing routers");
@@ -158,6 +165,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
 
 /// Everything about the arguments that can be wrong, before a device is opened.
 fn check(args: &Args) -> anyhow::Result<()> {
+    args.tuning.check()?;
     if args.tokens.contains(&0) {
         return Err(unusable("--tokens 0: expected numbers from 1 up"));
     }

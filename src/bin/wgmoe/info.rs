@@ -3,7 +3,7 @@
 use crate::output::Output;
 use crate::{Verdict, unusable};
 use serde::Serialize;
-use wgmoe::{AdapterFacts, DeviceChoice, DeviceInfo, MatmulVariant, adapters};
+use wgmoe::{AdapterFacts, DeviceChoice, DeviceInfo, MatmulVariant, Tuning, adapters};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,6 +25,10 @@ struct Adapter {
     features: Vec<&'static str>,
     subgroup: Option<(u32, u32)>,
     matmul: Vec<Variant>,
+    /// Where `wgmoe tune` stores its choices.
+    tuning: Option<String>,
+    /// Whether it has.
+    is_tuned: bool,
 }
 
 #[derive(Serialize)]
@@ -82,6 +86,7 @@ fn matches(facts: &AdapterFacts, device: &DeviceChoice) -> bool {
 }
 
 fn adapter(facts: &AdapterFacts) -> Adapter {
+    let tuning = Tuning::stored_path(&facts.device);
     Adapter {
         index: facts.index,
         device: facts.device.clone(),
@@ -89,6 +94,8 @@ fn adapter(facts: &AdapterFacts) -> Adapter {
         features: facts.features.clone(),
         subgroup: facts.subgroup,
         matmul: MatmulVariant::ALL.iter().map(|&variant| usable(variant, facts)).collect(),
+        is_tuned: tuning.as_ref().is_some_and(|path| path.exists()),
+        tuning: tuning.map(|path| path.display().to_string()),
     }
 }
 
@@ -124,6 +131,12 @@ fn describe(adapter: &Adapter) -> String {
     for variant in &adapter.matmul {
         text.push_str(&format!("     {:10}{}\n", variant.name, variant.why));
     }
+    let tuning = match (&adapter.tuning, adapter.is_tuned) {
+        (Some(path), true) => path.clone(),
+        (Some(path), false) => format!("none; `wgmoe tune` would store it in {path}"),
+        (None, _) => "none; this user has no cache folder to store one in".to_owned(),
+    };
+    text.push_str(&format!("   tuning  {tuning}\n"));
     text
 }
 

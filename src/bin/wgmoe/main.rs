@@ -17,6 +17,8 @@ mod output;
 mod quantize;
 mod run;
 mod shader;
+mod tune;
+mod tuning;
 
 use clap::{Parser, Subcommand};
 use output::Output;
@@ -29,11 +31,13 @@ const DEVICE_VARIABLE: &str = "WGMOE_ADAPTER";
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done and right; 1 something was wrong or failed; 2 the arguments cannot be used.
-Environment: WGMOE_ADAPTER chooses the device where --device does not; NO_COLOR turns colours off.
+Environment: WGMOE_ADAPTER chooses the device where --device does not; WGMOE_TUNING the tuning where --tuning does not; \
+NO_COLOR turns colours off.
 
 Examples:
   wgmoe bench                              how fast MoE runs here
   wgmoe check                              are the kernels right here
+  wgmoe tune                               which kernels are the fastest here
   wgmoe bench --device cpu --json -        the CPU engine, as JSON";
 
 /// Mixture-of-Experts layers on any GPU, or on the CPU: measured, checked, run.
@@ -61,6 +65,7 @@ enum Command {
     Quantize(quantize::Args),
     Run(run::Args),
     Shader(shader::Args),
+    Tune(tune::Args),
 }
 
 /// Whether everything that was looked at was right.
@@ -112,6 +117,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Quantize(args) => quantize::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
+        Command::Tune(args) => tune::execute(args, device()?, output),
     }
 }
 

@@ -143,6 +143,12 @@ impl Drop for Bytes {
     }
 }
 
+/// Something that did not go as planned, and that the work goes on without.
+pub fn warn(message: &str) {
+    // There is nobody left to tell.
+    let _ = writeln!(std::io::stderr().lock(), "warning: {message}");
+}
+
 /// An error with what caused it, and what to do.
 pub fn report(error: &anyhow::Error) {
     let mut text = format!("error: {error}\n");

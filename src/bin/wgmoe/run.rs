@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 use wgmoe::model::checkpoint::{read_integers, read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, MoeLayer, ResidencyStats, WeightFormat};
+use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, ResidencyStats, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
@@ -54,6 +54,8 @@ pub struct Args {
     weights: Option<WeightFormat>,
     #[command(flatten)]
     memory: crate::Memory,
+    #[command(flatten)]
+    tuning: crate::tuning::Args,
 }
 
 #[derive(Serialize)]
@@ -78,6 +80,9 @@ struct Report {
     load_s: f64,
     /// The forward pass, with its input going in and its output coming back.
     forward_s: f64,
+    /// The file of the tuning that was used, if one was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tuning: Option<String>,
     /// Where not all experts are on the device.
     #[serde(skip_serializing_if = "Option::is_none")]
     residency: Option<ResidencyStats>,
@@ -89,6 +94,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let (input, tensor) = split_input("--input", &args.input)?;
     let ids = args.ids.as_deref().map(|ids| split_input("--ids", ids)).transpose()?;
     must_be_writable("--output", &args.output)?;
+    args.tuning.check()?;
     let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let context = open(&device, output)?;
 
@@ -108,11 +114,13 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let num_tokens = u32::try_from(x.len() / config.hidden_size() as usize).unwrap_or(u32::MAX);
     let needed = exceeds_webgpu_limits(&config, formats, num_tokens);
     let context = widen(context, &device, needed, output)?;
+    let tuning = args.tuning.find(&context, output);
+    let options = LayerOptions { tuning: tuning.as_ref().map(|found| found.tuning.clone()), ..args.memory.options() };
 
     let started = Instant::now();
     let bar = Bytes::new("loading experts");
-    let layer = MoeLayer::load(&context, &mut source, &args.memory.options(), |done, total| bar.set(done, total))
-        .with_context(cannot)?;
+    let layer =
+        MoeLayer::load(&context, &mut source, &options, |done, total| bar.set(done, total)).with_context(cannot)?;
     drop(bar);
     let load_s = started.elapsed().as_secs_f64();
     let started = Instant::now();
@@ -148,6 +156,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         read_s,
         load_s,
         forward_s,
+        tuning: tuning.map(|found| found.path.display().to_string()),
         residency: layer.residency(),
         output: args.output.display().to_string(),
     };
