@@ -99,7 +99,7 @@ fn interleaved_rows_hold_each_columns_items_side_by_side() {
             }
             at += wide.bytes();
         }
-        assert_eq!(at.next_multiple_of(16), quad.len(), "{format}");
+        assert_eq!(at.next_multiple_of(32), quad.len(), "{format}");
     }
 }
 
