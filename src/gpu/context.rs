@@ -43,6 +43,7 @@ struct Faults {
 #[derive(Default)]
 struct Counters {
     allocations: AtomicU64,
+    bind_groups: AtomicU64,
     readbacks: AtomicU64,
 }
 
@@ -140,6 +141,15 @@ impl Gpu {
     /// Buffers created through this handle and its clones so far.
     pub fn allocations(&self) -> u64 {
         self.counters.allocations.load(Ordering::Relaxed)
+    }
+
+    /// Bind groups created through this handle and its clones so far.
+    pub(super) fn bind_groups(&self) -> u64 {
+        self.counters.bind_groups.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_bind_group(&self) {
+        self.counters.bind_groups.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Buffers read back to the host through this handle and its clones so far.
