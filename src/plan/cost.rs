@@ -20,11 +20,12 @@ pub struct StageCost {
 /// Costs of the stages that run and whose work is worth counting, in order. Norms, capacity and what else only some
 /// layers have beside matrices are small.
 ///
-/// `sorted`: there is a permute. `logits_apart`: the router's dot products are a dispatch of their own.
+/// `active_experts`: experts that got a token; `None`: as many as the batch can reach. `sorted`: there is a permute. `logits_apart`: the router's dot products are a dispatch of their own.
 pub fn stages(
     config: &MoeConfig,
     formats: &LayerFormats,
     num_tokens: u32,
+    active_experts: Option<u32>,
     sorted: bool,
     logits_apart: bool,
 ) -> Vec<StageCost> {
@@ -38,7 +39,7 @@ pub fn stages(
     ]
     .map(u64::from);
     let a = t * k;
-    let reached = e.min(a);
+    let reached = active_experts.map_or(e.min(a), u64::from);
     // Columns of some inputs each, a quad at a time, as they are stored.
     let weights = |format: WeightFormat, columns: u64, inputs: u64| {
         columns * format.quad_bytes(u32::try_from(inputs).unwrap_or(u32::MAX)) / 4
@@ -80,7 +81,7 @@ pub fn stages(
         weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4),
     ));
     stages.push(("down", 2 * a * d * i, weights(formats.down, reached * d, i) + 4 * (a * i4 + a * d4)));
-    stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * h)));
+    stages.push(("combine", 2 * a * d, 4 * (a * d4 + a + t * d)));
     if config.extras().latent_size.is_some() {
         stages.push(("latent_out", 2 * t * h * d, 4 * (h * d + t * d4 + t * h4)));
     }

@@ -6,6 +6,7 @@ pub mod device;
 pub mod grid;
 pub mod pages;
 mod passes;
+pub mod requests;
 pub mod variant;
 
 use crate::error::{Error, Result};
@@ -21,6 +22,7 @@ use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
+pub use requests::StageRequests;
 pub use variant::MatmulRequest;
 
 /// Bits of the NaN that marks a token without a valid routing.
@@ -431,7 +433,7 @@ impl LayerPlan {
             params,
             stages: {
                 let logits_apart = passes::multiplies_before(self, num_tokens, kind);
-                cost::stages(c, &self.formats, num_tokens, matmul.sorted(), logits_apart)
+                cost::stages(c, &self.formats, num_tokens, None, matmul.sorted(), logits_apart)
             },
             dispatches: passes::dispatches(self, matmul, &params, kind)?,
         })
