@@ -138,6 +138,27 @@ fn bench_prints_a_table_and_writes_what_it_promises() {
 }
 
 #[test]
+fn bench_says_what_the_first_result_takes() {
+    let output = wgmoe(&[&["bench", "--json", "-"], &TINY[..]].concat());
+    assert_code(&output, 0);
+    let words = stderr(&output);
+    let line = words.lines().find(|line| line.starts_with("first result: ")).expect("the line is there");
+    for word in [" cold (device ", ", weights ", ", kernels and first pass ", " warm"] {
+        assert!(line.contains(word), "{word} is missing: {line}");
+    }
+    let report = json(&output);
+    let first = &report["first_results"][0];
+    assert_eq!((&first["tokens"], report["first_results"].as_array().map(Vec::len)), (&1.into(), Some(1)));
+    assert!(first["layer"].as_str().is_some_and(|layer| layer.contains("hidden 64")), "{first}");
+    assert!(first["device_s"].as_f64().is_some_and(|s| s > 0.0), "{first}");
+    for start in ["cold", "warm"] {
+        for field in ["load_s", "first_pass_s", "second_pass_s"] {
+            assert!(first[start][field].as_f64().is_some_and(|s| s > 0.0), "{start} {field}: {first}");
+        }
+    }
+}
+
+#[test]
 fn json_on_standard_output_is_nothing_but_json() {
     let bench = wgmoe(&[&["bench", "--json", "-"], &TINY[..]].concat());
     assert_code(&bench, 0);

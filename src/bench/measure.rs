@@ -1,7 +1,7 @@
 //! Checks and times a layer, batch size by batch size.
 
 use crate::bench::cost::Cost;
-use crate::bench::results::{Failure, ResidencyResult, Row, StageResult};
+use crate::bench::results::{Failure, FirstPasses, FirstResult, ResidencyResult, Row, StageResult};
 use crate::bench::stats::{self, Summary};
 use crate::bench::verify;
 use crate::bench::workload::Workload;
@@ -20,6 +20,8 @@ const LEAST_RUNS: usize = 5;
 const MOST_RUNS: usize = 200;
 /// A pass that takes longer is timed fewer times, so that a slow device finishes within minutes.
 const SLOW: Duration = Duration::from_secs(3);
+/// A layer that takes longer to load is not loaded twice.
+const SLOW_TO_LOAD: Duration = Duration::from_secs(5);
 /// Passes from which each stage's median is taken.
 const PROFILED_RUNS: usize = 5;
 
@@ -28,6 +30,8 @@ const PROFILED_RUNS: usize = 5;
 pub struct Bench<'a> {
     /// The device.
     pub context: &'a Context,
+    /// How long it took to open.
+    pub device_time: Duration,
     /// Its measured peaks.
     pub roofline: Option<Roofline>,
     /// Storage of the expert weights.
@@ -61,6 +65,8 @@ pub enum Progress {
 /// Result for one batch size.
 #[derive(Clone, Debug)]
 pub enum Outcome {
+    /// The layer's first passes, before any batch size's result.
+    Started(FirstResult),
     /// Right, and this fast.
     Measured(Box<Row>),
     /// Wrong or impossible: there is no time to report.
@@ -86,8 +92,9 @@ impl Bench<'_> {
             pinned_experts: self.pinned_experts.clone(),
             ..Default::default()
         };
-        let layer = match MoeLayer::with_options(self.context, workload.config.clone(), &workload.weights, &options) {
-            Ok(layer) => layer,
+        let first_tokens = batches.first().copied().unwrap_or(1);
+        let (layer, first_result) = match self.start(&workload, &options, first_tokens) {
+            Ok(started) => started,
             Err(error) => return vec![failed(None, error.to_string())],
         };
         // The reference gets what the layer holds. Floats hold the workload's weights exactly.
@@ -97,14 +104,60 @@ impl Bench<'_> {
             return vec![failed(None, error.to_string())];
         }
         let workload = &workload;
-        batches
-            .iter()
-            .map(|&tokens| match self.measure(preset, workload, &layer, tokens, progress) {
-                Ok(Ok(row)) => Outcome::Measured(Box::new(row)),
-                Ok(Err(wrong)) => failed(Some(tokens), format!("the result is wrong: {wrong}")),
-                Err(error) => failed(Some(tokens), error.to_string()),
-            })
-            .collect()
+        let started = first_result
+            .into_iter()
+            .map(|result| Outcome::Started(FirstResult { layer: layer_name.clone(), ..result }));
+        let measured = batches.iter().map(|&tokens| match self.measure(preset, workload, &layer, tokens, progress) {
+            Ok(Ok(row)) => Outcome::Measured(Box::new(row)),
+            Ok(Err(wrong)) => failed(Some(tokens), format!("the result is wrong: {wrong}")),
+            Err(error) => failed(Some(tokens), error.to_string()),
+        });
+        started.chain(measured).collect()
+    }
+
+    /// The layer, loaded, and the times of its first passes: once with nothing compiled, and once more, in the place of the
+    /// first, with everything compiled. A batch that does not run leaves no times; why, its own measurement will say.
+    fn start(
+        &self,
+        workload: &Workload,
+        options: &LayerOptions,
+        tokens: u32,
+    ) -> Result<(MoeLayer, Option<FirstResult>)> {
+        if let Some(gpu) = self.context.gpu() {
+            gpu.forget_pipelines();
+        }
+        let load = || {
+            let start = Instant::now();
+            let layer = MoeLayer::with_options(self.context, workload.config.clone(), &workload.weights, options)?;
+            Ok((layer, start.elapsed()))
+        };
+        let (layer, load_time) = load()?;
+        let x = workload.input(tokens)?;
+        let Ok(cold) = self.first_passes(&layer, load_time, &x) else { return Ok((layer, None)) };
+        let mut result =
+            FirstResult { layer: String::new(), tokens, device_s: self.device_time.as_secs_f64(), cold, warm: None };
+        if load_time > SLOW_TO_LOAD {
+            return Ok((layer, Some(result)));
+        }
+        // Never two at once: the memory may be for one.
+        drop(layer);
+        let (layer, load_time) = load()?;
+        result.warm = self.first_passes(&layer, load_time, &x).ok();
+        Ok((layer, Some(result)))
+    }
+
+    /// The first forward and the one after it.
+    fn first_passes(&self, layer: &MoeLayer, load_time: Duration, x: &[f32]) -> Result<FirstPasses> {
+        let pass = || {
+            let start = Instant::now();
+            layer.forward(x)?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        let kernels = || self.context.gpu().map_or(0, |gpu| gpu.num_kernels());
+        let before = kernels();
+        let first_pass_s = pass()?;
+        let kernels = kernels() - before;
+        Ok(FirstPasses { load_s: load_time.as_secs_f64(), first_pass_s, kernels, second_pass_s: pass()? })
     }
 
     /// One batch size: the outer error is the device's, the inner one says what is wrong with the result.
@@ -304,6 +357,7 @@ mod tests {
     fn bench(context: &Context) -> Bench<'_> {
         Bench {
             context,
+            device_time: Duration::from_millis(250),
             roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
@@ -319,7 +373,15 @@ mod tests {
     fn rows_hold_what_was_measured() {
         let context = Context::new(&DeviceChoice::Cpu).expect("the CPU engine is always there");
         let outcomes = bench(&context).run(Some("p"), workload(), &[1, 70], &mut |_| ());
-        let [Outcome::Measured(one), Outcome::Measured(many)] = &outcomes[..] else { panic!("{outcomes:?}") };
+        let [Outcome::Started(first), Outcome::Measured(one), Outcome::Measured(many)] = &outcomes[..] else {
+            panic!("{outcomes:?}")
+        };
+        assert_eq!((first.tokens, first.device_s), (1, 0.25));
+        let (cold, warm) = (first.cold, first.warm.expect("loading takes an instant"));
+        for passes in [cold, warm] {
+            assert!(passes.load_s > 0.0 && passes.first_pass_s > 0.0 && passes.second_pass_s > 0.0, "{passes:?}");
+        }
+        assert!(first.layer.contains("hidden 64") && first.cold_s() > 0.25, "{first:?}");
         assert_eq!((one.tokens, one.runs, one.active_experts, one.dense_ratio), (1, 3, 2, None));
         assert_eq!((many.tokens, many.active_experts, many.tokens_checked), (70, 8, 70));
         for row in [one, many] {

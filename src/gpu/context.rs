@@ -165,6 +165,16 @@ impl Gpu {
         lock(&self.inner.pipelines)
     }
 
+    /// Kernels that are compiled and would not be compiled again.
+    pub fn num_kernels(&self) -> u32 {
+        self.pipelines().len() as u32
+    }
+
+    /// Every kernel is compiled anew when it is next asked for, as in a program that has just started. Layers keep theirs.
+    pub(crate) fn forget_pipelines(&self) {
+        self.pipelines().clear();
+    }
+
     /// Runs `create` with every error of the device caught and typed.
     pub(crate) async fn scoped<T>(&self, during: &str, create: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         let device = self.device();

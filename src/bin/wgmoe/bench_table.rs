@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
 use wgmoe::Roofline;
 use wgmoe::bench::RouterTime;
-use wgmoe::bench::results::{Failure, Row, StageResult};
+use wgmoe::bench::results::{Failure, FirstResult, Row, StageResult};
 
 /// A table of numbers: one line each, the first column to the left.
 pub fn plain_table(header: &[&str]) -> Table {
@@ -23,11 +23,14 @@ pub fn roofline(roofline: &Roofline) -> String {
     format!("roofline: {} GFLOP/s; GB/s: {rates} ({})", number(roofline.gflops), roofline.how)
 }
 
-/// One layer: a row for each batch, then where the time goes, then what failed.
-pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
+/// One layer: a row for each batch, what the first result took, then where the time goes, then what failed.
+pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&FirstResult>) -> String {
     let mut text = format!("\n{title}\n");
     if !rows.is_empty() {
         text.push_str(&format!("{}\n", batches(rows)));
+    }
+    if let Some(first) = first {
+        text.push_str(&format!("{}\n", first_result(first)));
     }
     if rows.iter().any(|row| row.residency.is_some()) {
         // What a stage takes depends on who was there before it.
@@ -40,6 +43,18 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
     }
     text
+}
+
+/// Cold with its parts, then warm.
+fn first_result(first: &FirstResult) -> String {
+    let warm = first.warm_s().map(|warm| format!(", {} warm", seconds(warm))).unwrap_or_default();
+    format!(
+        "first result: {} cold (device {}, weights {}, kernels and first pass {}){warm}",
+        seconds(first.cold_s()),
+        seconds(first.device_s),
+        seconds(first.cold.load_s),
+        seconds(first.cold.first_pass_s),
+    )
 }
 
 /// The router alone.
@@ -193,6 +208,17 @@ pub fn percent(fraction: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wgmoe::bench::results::FirstPasses;
+
+    #[test]
+    fn a_first_result_is_one_line_with_its_parts() {
+        let cold = FirstPasses { load_s: 0.6, first_pass_s: 1.2, kernels: 6, second_pass_s: 0.01 };
+        let warm = Some(FirstPasses { load_s: 0.6, first_pass_s: 0.015, kernels: 6, second_pass_s: 0.01 });
+        let first = FirstResult { layer: String::new(), tokens: 1, device_s: 0.1, cold, warm };
+        let cold = "first result: 1.90 s cold (device 100 ms, weights 600 ms, kernels and first pass 1.20 s)";
+        assert_eq!(first_result(&first), format!("{cold}, 615 ms warm"));
+        assert_eq!(first_result(&FirstResult { warm: None, ..first }), cold);
+    }
 
     #[test]
     fn numbers_keep_three_digits_and_their_unit() {
