@@ -7,8 +7,9 @@ use crate::bench::verify;
 use crate::bench::workload::Workload;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
-use crate::model::formats::WeightFormat;
+use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::routing::RoutingDecision;
+use crate::plan::cost;
 use crate::{Context, GpuMemory, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, dense_matmul_time};
 use std::time::{Duration, Instant};
 
@@ -187,12 +188,6 @@ impl Bench<'_> {
         let times = self.time(layer, workload, tokens, fresh_tokens, progress)?;
         let residency = before.zip(layer.residency()).map(|(before, after)| residency_result(&before, &after));
         let stats = layer.pass_stats();
-        let stages = stage_results(layer, tokens)?;
-        // A device that computes something else after a while has not earned its times.
-        if layer.forward(&x)?.iter().map(|v| v.to_bits()).ne(y.iter().map(|v| v.to_bits())) {
-            return Ok(Err("the same input gave other bits after the timed runs".to_owned()));
-        }
-
         let active_experts = routing.tokens_per_expert.iter().filter(|&&n| n > 0).count() as u32;
         let cost = Cost::of_forward(config, self.weights, tokens, active_experts);
         let gflops = cost.flops / times.median_s / 1e9;
@@ -204,6 +199,12 @@ impl Bench<'_> {
         };
         let bandwidth = self.roofline.as_ref().map(|r| (r, r.bandwidth_for(from)));
         let attainable = bandwidth.map(|(r, bandwidth)| cost.attainable_gflops(r.gflops, bandwidth));
+        let stages = self.stage_results(layer, tokens, bandwidth.map(|(r, bandwidth)| [r.gflops, bandwidth]))?;
+        // A device that computes something else after a while has not earned its times.
+        if layer.forward(&x)?.iter().map(|v| v.to_bits()).ne(y.iter().map(|v| v.to_bits())) {
+            return Ok(Err("the same input gave other bits after the timed runs".to_owned()));
+        }
+
         Ok(Ok(Row {
             preset: preset.map(str::to_owned),
             hidden_size: config.hidden_size(),
@@ -273,6 +274,54 @@ impl Bench<'_> {
         let dense = dense_matmul_time(self.context, rows, columns, config.hidden_size(), self.weights)?;
         Ok(dense.map(|dense| median_s / dense.as_secs_f64()).filter(|ratio| ratio.is_finite()))
     }
+
+    /// The plan's stages with the median of the times that the device measured, as far as it can. `peaks`: GFLOP/s and
+    /// GB/s.
+    fn stage_results(&self, layer: &MoeLayer, tokens: u32, peaks: Option<[f64; 2]>) -> Result<Vec<StageResult>> {
+        let mut profiles = Vec::with_capacity(PROFILED_RUNS);
+        for _ in 0..PROFILED_RUNS {
+            profiles.push(layer.profile()?);
+            // Devices without timestamps will not have them the next time either.
+            if profiles[0].is_empty() {
+                break;
+            }
+        }
+        let seconds = |name: &str| {
+            // A stage may be several dispatches: their times add up.
+            let of_pass = |profile: &Vec<crate::StageTime>| {
+                profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
+            };
+            Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>()).map(|summary| summary.median_s)
+        };
+        let plan = layer.plan(tokens)?;
+        // Of the tokens that are resident now: with fresh ones, not those that were verified.
+        let rows_of_expert = layer.routing()?.tokens_per_expert;
+        let active_experts = rows_of_expert.iter().filter(|&&rows| rows > 0).count() as u32;
+        let logits_apart = plan.stages.iter().any(|stage| stage.name == "logits");
+        let formats = LayerFormats::from(self.weights);
+        let sorted = plan.matmul.sorted();
+        let least = cost::stages(layer.config(), &formats, tokens, Some(active_experts), sorted, logits_apart);
+        // The engine has no workgroups; and where experts are brought in, dispatches are repeated as needed.
+        let on_gpu = self.context.gpu().is_some() && layer.residency().is_none();
+        let requests = on_gpu.then(|| plan.requests(&rows_of_expert));
+        let stages = plan.stages.iter().zip(&least).enumerate().map(|(index, (stage, least))| {
+            let median_s = seconds(stage.name).filter(|&s| s > 0.0);
+            let ceiling_s =
+                peaks.map(|[gflops, gbytes]| (least.flops as f64 / gflops).max(least.bytes as f64 / gbytes) / 1e9);
+            let request = requests.as_ref().and_then(|requests| requests.get(index));
+            StageResult {
+                name: stage.name.to_owned(),
+                median_s,
+                flops: stage.flops,
+                bytes: stage.bytes,
+                dispatches: request.map(|request| request.dispatches),
+                least_bytes: Some(least.bytes),
+                requested_bytes: request.map(|request| request.bytes),
+                roofline_fraction: ceiling_s.zip(median_s).map(|(ceiling, time)| ceiling / time),
+            }
+        });
+        Ok(stages.collect())
+    }
 }
 
 /// What happened between two looks.
@@ -312,35 +361,6 @@ fn imbalance(routing: &RoutingDecision) -> f64 {
     let sum: f64 = tokens.iter().copied().map(f64::from).sum();
     let most = tokens.iter().copied().max().unwrap_or(0);
     if sum > 0.0 { f64::from(most) * tokens.len() as f64 / sum } else { 1.0 }
-}
-
-/// The plan's stages with the median of the times that the device measured, as far as it can.
-fn stage_results(layer: &MoeLayer, tokens: u32) -> Result<Vec<StageResult>> {
-    let mut profiles = Vec::with_capacity(PROFILED_RUNS);
-    for _ in 0..PROFILED_RUNS {
-        profiles.push(layer.profile()?);
-        // Devices without timestamps will not have them the next time either.
-        if profiles[0].is_empty() {
-            break;
-        }
-    }
-    let seconds = |name: &str| {
-        // A stage may be several dispatches: their times add up.
-        let of_pass = |profile: &Vec<crate::StageTime>| {
-            profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
-        };
-        Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>()).map(|summary| summary.median_s)
-    };
-    let stages = layer.plan(tokens)?.stages;
-    Ok(stages
-        .iter()
-        .map(|stage| StageResult {
-            name: stage.name.to_owned(),
-            median_s: seconds(stage.name),
-            flops: stage.flops,
-            bytes: stage.bytes,
-        })
-        .collect())
 }
 
 #[cfg(test)]

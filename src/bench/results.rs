@@ -211,8 +211,22 @@ pub struct StageResult {
     pub median_s: Option<f64>,
     /// Arithmetic of the stage, as planned.
     pub flops: u64,
-    /// Least bytes that the stage moves, as planned.
+    /// Least bytes that the stage moves, as planned: the weights of as many experts as the batch can reach.
     pub bytes: u64,
+    /// Its dispatches; absent for the CPU engine, as are requested bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dispatches: Option<u32>,
+    /// As `bytes`, with the experts that got a token in the timed pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub least_bytes: Option<u64>,
+    /// Bytes that the workgroups of its dispatches read and write in that pass: what one of them touches counts once,
+    /// what several touch counts for each ([`crate::plan::requests`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested_bytes: Option<u64>,
+    /// The time that the measured peaks allow for `flops` and `least_bytes`, whichever takes longer, by `median_s`. The
+    /// peaks are those of the row's `roofline_fraction`. Above 1 where the bytes were still in a cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub roofline_fraction: Option<f64>,
 }
 
 /// A batch size without a result.
@@ -240,7 +254,16 @@ mod tests {
 
     fn results() -> Results {
         let text = |text: &str| text.to_owned();
-        let stage = StageResult { name: text("router"), median_s: None, flops: 1, bytes: 2 };
+        let stage = StageResult {
+            name: text("router"),
+            median_s: None,
+            flops: 1,
+            bytes: 2,
+            dispatches: Some(1),
+            least_bytes: Some(2),
+            requested_bytes: Some(3),
+            roofline_fraction: None,
+        };
         let row = Row {
             preset: None,
             hidden_size: 1,
@@ -325,8 +348,15 @@ mod tests {
         let mut json = serde_json::to_value(results()).expect("serialises");
         let fields = json.as_object_mut().expect("an object");
         assert!(fields.remove("first_results").is_some());
+        let stage = json["rows"][0]["stages"][0].as_object_mut().expect("an object");
+        for field in ["dispatches", "least_bytes", "requested_bytes"] {
+            assert!(stage.remove(field).is_some(), "{field}");
+        }
         let read: Results = serde_json::from_value(json).expect("the new fields have defaults");
-        assert_eq!(read, Results { first_results: Vec::new(), ..results() });
+        let mut expected = Results { first_results: Vec::new(), ..results() };
+        let stage = &mut expected.rows[0].stages[0];
+        (stage.dispatches, stage.least_bytes, stage.requested_bytes) = (None, None, None);
+        assert_eq!(read, expected);
     }
 
     #[test]

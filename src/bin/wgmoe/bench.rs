@@ -71,6 +71,9 @@ pub struct Args {
     /// Time the router alone instead, at 128 to 896 experts and 512 tokens
     #[arg(long, conflicts_with_all = ["preset", "hidden", "intermediate", "experts", "top_k", "tokens", "skew"])]
     router: bool,
+    /// Also print what each stage moves, beside the least that it has to, and how near its ceiling it comes
+    #[arg(long)]
+    stages: bool,
     /// Seed of weights and inputs
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -161,7 +164,8 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         let title = job.title(&config, args);
         let Measured { rows, failures, first_result } =
             run_job(job, config, &bench, args, &status).with_context(|| format!("cannot make the layer: {title}"))?;
-        let table = bench_table::layer(&title, &rows, &failures, first_result.as_ref());
+        let more = if args.stages { bench_table::stage_bytes(&rows) } else { String::new() };
+        let table = bench_table::layer(&title, &rows, &failures, first_result.as_ref(), &more);
         status.suspend(|| output.line(&table));
         results.rows.extend(rows);
         results.failures.extend(failures);

@@ -23,8 +23,8 @@ pub fn roofline(roofline: &Roofline) -> String {
     format!("roofline: {} GFLOP/s; GB/s: {rates} ({})", number(roofline.gflops), roofline.how)
 }
 
-/// One layer: a row for each batch, what the first result took, then where the time goes, then what failed.
-pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&FirstResult>) -> String {
+/// One layer: a row for each batch, what the first result took, then where the time goes, then `more`, then what failed.
+pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&FirstResult>, more: &str) -> String {
     let mut text = format!("\n{title}\n");
     if !rows.is_empty() {
         text.push_str(&format!("{}\n", batches(rows)));
@@ -38,6 +38,7 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&Fir
     } else if !rows.is_empty() {
         text.push_str(&format!("\nwhere the time goes\n{}\n", stages(rows)));
     }
+    text.push_str(more);
     for failure in failures {
         let tokens = failure.tokens.map(|tokens| format!("{tokens} tokens: ")).unwrap_or_default();
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
@@ -166,6 +167,53 @@ fn stages(rows: &[Row]) -> String {
         table.add_row(std::iter::once(row.tokens.to_string()).chain(names.iter().map(cell)));
     }
     table.to_string()
+}
+
+/// What each stage moves, and the share of the stages around the experts.
+pub fn stage_bytes(rows: &[Row]) -> String {
+    let mut table = plain_table(&[
+        "tokens",
+        "stage",
+        "dispatches",
+        "least MB",
+        "requested MB",
+        "x least",
+        "time",
+        "GB/s of least",
+        "of its ceiling",
+    ]);
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let megabytes = |bytes: u64| number(bytes as f64 / 1e6);
+    for row in rows {
+        for stage in &row.stages {
+            let least = stage.least_bytes.unwrap_or(stage.bytes);
+            table.add_row([
+                row.tokens.to_string(),
+                stage.name.clone(),
+                or_dash(stage.dispatches.map(|n| n.to_string())),
+                megabytes(least),
+                or_dash(stage.requested_bytes.map(megabytes)),
+                or_dash(stage.requested_bytes.map(|bytes| number(bytes as f64 / least as f64))),
+                or_dash(stage.median_s.map(seconds)),
+                or_dash(stage.median_s.map(|time| number(least as f64 / time / 1e9))),
+                or_dash(stage.roofline_fraction.map(percent)),
+            ]);
+        }
+    }
+    let share = |row: &Row| Some(format!("{} at {}", percent(around(row)?), row.tokens));
+    let shares = rows.iter().filter_map(share).collect::<Vec<_>>().join(", ");
+    let shares = if shares.is_empty() { "not timed".to_owned() } else { format!("{shares} tokens") };
+    format!(
+        "\nwhat each stage moves\n{table}\nshare of logits, router, permute and combine in the stages' time: {shares}\n"
+    )
+}
+
+/// The share of all stages' time that is not spent in experts.
+fn around(row: &Row) -> Option<f64> {
+    let time = |counts: fn(&str) -> bool| {
+        row.stages.iter().filter(|stage| counts(&stage.name)).filter_map(|stage| stage.median_s).reduce(|a, b| a + b)
+    };
+    Some(time(|name| ["logits", "router", "permute", "combine"].contains(&name))? / time(|_| true)?)
 }
 
 fn stage_cell(stage: &StageResult, whole: f64) -> Option<String> {
