@@ -147,6 +147,63 @@ fn bench_prints_a_table_and_writes_what_it_promises() {
 }
 
 #[test]
+fn bench_says_what_the_first_result_takes() {
+    let output = wgmoe(&[&["bench", "--json", "-"], &TINY[..]].concat());
+    assert_code(&output, 0);
+    let words = stderr(&output);
+    let line = words.lines().find(|line| line.starts_with("first result: ")).expect("the line is there");
+    for word in [" cold (device ", ", weights ", ", kernels and first pass ", " warm"] {
+        assert!(line.contains(word), "{word} is missing: {line}");
+    }
+    let report = json(&output);
+    let first = &report["first_results"][0];
+    assert_eq!((&first["tokens"], report["first_results"].as_array().map(Vec::len)), (&1.into(), Some(1)));
+    assert!(first["layer"].as_str().is_some_and(|layer| layer.contains("hidden 64")), "{first}");
+    assert!(first["device_s"].as_f64().is_some_and(|s| s > 0.0), "{first}");
+    for start in ["cold", "warm"] {
+        for field in ["load_s", "first_pass_s", "second_pass_s"] {
+            assert!(first[start][field].as_f64().is_some_and(|s| s > 0.0), "{start} {field}: {first}");
+        }
+    }
+}
+
+/// On the device that WGMOE_ADAPTER names, or the best: what dispatches request is known where there are any.
+#[test]
+fn bench_shows_what_each_stage_moves_when_asked() {
+    let bench = |more: &[&str]| {
+        let args = [&["bench", "--json", "-"], &TINY[..], more].concat();
+        let output = Command::new(env!("CARGO_BIN_EXE_wgmoe")).args(args).stdin(Stdio::null()).output();
+        let output = output.expect("the binary should start");
+        assert_code(&output, 0);
+        output
+    };
+    let output = bench(&["--stages"]);
+    let words = stderr(&output);
+    for word in
+        ["what each stage moves", "least MB", "requested MB", "x least", "of its ceiling", "share of logits, router"]
+    {
+        assert!(words.contains(word), "{word} is missing:\n{words}");
+    }
+    let plain = bench(&[]);
+    assert!(!stderr(&plain).contains("what each stage moves") && !stderr(&plain).contains("share of"));
+    // The JSON has it in any case.
+    for report in [json(&output), json(&plain)] {
+        let is_gpu = report["device"]["kind"] != "cpu-engine";
+        for row in report["rows"].as_array().expect("rows") {
+            for stage in row["stages"].as_array().expect("stages") {
+                let least = stage["least_bytes"].as_u64().unwrap_or_else(|| panic!("least_bytes: {stage}"));
+                let requested = stage["requested_bytes"].as_u64();
+                assert_eq!((requested.is_some(), stage["dispatches"].is_u64()), (is_gpu, is_gpu), "{stage}");
+                assert!(requested.is_none_or(|bytes| bytes >= least && least > 0), "{stage}");
+                let (time, fraction) = (stage["median_s"].as_f64(), stage["roofline_fraction"].as_f64());
+                assert_eq!(time.is_some(), fraction.is_some(), "{stage}");
+                assert!(fraction.is_none_or(|fraction| fraction > 0.0), "{stage}");
+            }
+        }
+    }
+}
+
+#[test]
 fn json_on_standard_output_is_nothing_but_json() {
     let bench = wgmoe(&[&["bench", "--json", "-"], &TINY[..]].concat());
     assert_code(&bench, 0);

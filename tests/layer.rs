@@ -2,15 +2,17 @@
 
 mod support;
 
+use std::time::Duration;
 use support::{Values, assert_close, assert_same_bits, config, formats, gpu_context, read_buffer, variants};
+use wgmoe::bench::{Bench, Outcome, Workload};
 use wgmoe::kernels::params::Uniform;
 use wgmoe::plan::Dispatch;
 use wgmoe::reference::router::{self, Logits, top_k_indices};
 use wgmoe::reference::{self, Forward};
 use wgmoe::wgpu;
 use wgmoe::{
-    Batch, Context, Error, IntGroups, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
-    RoutingDecision, WeightFormat,
+    Batch, Context, Error, GpuMemory, IntGroups, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer,
+    MoeWeights, RoutingDecision, WeightFormat,
 };
 
 /// Rounding unit of f32.
@@ -490,7 +492,8 @@ fn dispatches_readbacks_and_allocations_stay_low() {
             for stats in [forward, resident] {
                 assert_eq!(stats.num_tokens as usize, num_tokens);
                 assert!((1..=most).contains(&stats.dispatches), "{variant:?} {stats:?}");
-                assert_eq!((stats.readbacks, stats.allocations), (0, 0), "{variant:?} {stats:?}");
+                let created = (stats.readbacks, stats.allocations, stats.bind_groups);
+                assert_eq!(created, (0, 0, 0), "{variant:?} {stats:?}");
             }
             let planned = layer.plan(num_tokens as u32).expect("it fits one pass").dispatches.len();
             assert_eq!(resident.dispatches as usize, planned);
@@ -498,8 +501,64 @@ fn dispatches_readbacks_and_allocations_stay_low() {
         // The first pass of a layer does allocate, so the counter counts.
         let fresh = MoeLayer::with_options(&context, config.clone(), &weights, &options).expect("the layer is valid");
         fresh.forward(&values.floats(64)).expect("the input is valid");
-        assert!(fresh.pass_stats().allocations > 0);
+        let stats = fresh.pass_stats();
+        assert!(stats.allocations > 0 && stats.bind_groups >= stats.dispatches, "{stats:?}");
     }
+}
+
+/// What a bench calls cold is cold, also for the second layer of a process; what it calls warm compiles nothing.
+#[test]
+fn every_layer_of_a_bench_starts_cold() {
+    let Some(context) = gpu_context() else { return };
+    let bench = Bench {
+        context: &context,
+        device_time: Duration::ZERO,
+        roofline: None,
+        weights: WeightFormat::F16,
+        matmul: None,
+        tuning: None,
+        gpu_memory: GpuMemory::All,
+        pinned_experts: Vec::new(),
+        fresh_tokens: false,
+        runs: Some(1),
+        slice: Duration::ZERO,
+    };
+    for _ in 0..2 {
+        let workload = Workload::new(config([64, 32, 8, 2], true), 0.0, 1).expect("small");
+        let outcomes = bench.run(None, workload, &[20], &mut |_| ());
+        let [Outcome::Started(first), Outcome::Measured(row)] = &outcomes[..] else { panic!("{outcomes:?}") };
+        let warm = first.warm.expect("loading takes an instant");
+        assert_eq!((first.cold.kernels, warm.kernels), (row.dispatches, 0), "one kernel for each dispatch");
+    }
+}
+
+/// A caller that records the same batch again, also one of several passes, pays for commands and nothing else.
+#[test]
+fn a_batch_that_is_recorded_again_creates_nothing() {
+    let Some(context) = gpu_context() else { return };
+    let gpu = context.gpu().expect("it is a GPU");
+    let (device, queue) = (gpu.device(), gpu.queue());
+    let config = config([16, 8, 4, 2], true);
+    let weights = Values(16).weights(&config);
+    let options = LayerOptions { max_binding_bytes: Some(64 * 16 * 4), ..LayerOptions::default() };
+    let layer = MoeLayer::with_options(&context, config, &weights, &options).expect("the layer is valid");
+    let x = Values(17).floats(150 * 16);
+    let [x, y, other] = [(); 3].map(|()| buffer(device, queue, &x));
+    assert!(layer.num_passes(150) > 2, "at least two passes of the same size");
+    let record = |x: &wgpu::Buffer, y: &wgpu::Buffer| {
+        let mut encoder = device.create_command_encoder(&Default::default());
+        layer.record(&mut encoder, x, y, 150).expect("the buffers fit");
+        queue.submit([encoder.finish()]);
+        layer.pass_stats()
+    };
+    let first = record(&x, &y);
+    assert_eq!(first.bind_groups, first.dispatches, "{first:?}");
+    let again = record(&x, &y);
+    assert_eq!((again.allocations, again.bind_groups, again.dispatches), (0, 0, first.dispatches));
+    // Other buffers need bind groups of their own, and take the place of the first.
+    assert_eq!(record(&x, &other).bind_groups, first.dispatches);
+    assert_eq!(record(&x, &other).bind_groups, 0);
+    assert_eq!(record(&x, &y).bind_groups, first.dispatches);
 }
 
 /// More batch sizes than prepared passes are kept for, among them batches of several passes.

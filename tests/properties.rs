@@ -9,9 +9,8 @@ use support::{Values, config};
 use wgmoe::kernels::matmul::VEC_ROWS;
 use wgmoe::kernels::params::Uniform;
 use wgmoe::kernels::{Stage, combine, router as router_kernel};
-use wgmoe::plan::cost::StageCost;
 use wgmoe::plan::pages::{WeightPage, weight_pages};
-use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, grid, tile_slots};
+use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, StageCost, cost, grid, requests, tile_slots};
 use wgmoe::reference::permute::{permute, tiles};
 use wgmoe::reference::router::top_k_indices;
 use wgmoe::reference::{moe_forward, router};
@@ -225,6 +224,28 @@ fn check_plan(layer: &LayerPlan, plan: &Plan, device: &DeviceProfile) {
     let flops: u64 = plan.stages.iter().filter(of_matmuls).map(|cost| cost.flops).sum::<u64>() - sums;
     let matmuls = assignments * 3 * u64::from(config.hidden_size()) * u64::from(config.intermediate_size());
     assert_eq!(flops, 2 * matmuls);
+    check_requests(layer, plan);
+}
+
+/// No stage requests less than the least, whether routing is even or as uneven as can be.
+fn check_requests(layer: &LayerPlan, plan: &Plan) {
+    let config = layer.config();
+    let check = |rows_of_expert: &[u32], costs: &[StageCost]| {
+        let requests = plan.requests(rows_of_expert);
+        assert_eq!(requests.len(), costs.len());
+        for (request, cost) in requests.iter().zip(costs) {
+            let count = plan.dispatches.iter().filter(|dispatch| dispatch.name == cost.name).count();
+            assert_eq!((request.name, request.dispatches as usize), (cost.name, count));
+            assert!(count > 0 && request.bytes >= cost.bytes, "{request:?} {cost:?}");
+        }
+    };
+    check(&requests::even_rows(plan.params.num_assignments, config.num_experts()), &plan.stages);
+    let mut uneven = vec![0; config.num_experts() as usize];
+    uneven[..config.top_k() as usize].fill(plan.num_tokens);
+    let active = Some(config.top_k());
+    let how = cost::Dispatched::of(&plan.stages);
+    let costs = cost::stages(config, &layer.formats(), plan.num_tokens, active, how);
+    check(&uneven, &costs);
 }
 
 proptest! {

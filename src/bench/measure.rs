@@ -1,14 +1,15 @@
 //! Checks and times a layer, batch size by batch size.
 
 use crate::bench::cost::Cost;
-use crate::bench::results::{Failure, ResidencyResult, Row, StageResult};
+use crate::bench::results::{Failure, FirstPasses, FirstResult, ResidencyResult, Row, StageResult};
 use crate::bench::stats::{self, Summary};
 use crate::bench::verify;
 use crate::bench::workload::Workload;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
-use crate::model::formats::WeightFormat;
+use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::routing::RoutingDecision;
+use crate::plan::cost;
 use crate::{
     Context, GpuMemory, LayerOptions, MatmulVariant, MoeLayer, ResidencyStats, Roofline, Tuning, dense_matmul_time,
 };
@@ -23,6 +24,8 @@ const LEAST_RUNS: usize = 5;
 const MOST_RUNS: usize = 200;
 /// A pass that takes longer is timed fewer times, so that a slow device finishes within minutes.
 const SLOW: Duration = Duration::from_secs(3);
+/// A layer that takes longer to load is not loaded twice.
+const SLOW_TO_LOAD: Duration = Duration::from_secs(5);
 /// Passes from which each stage's median is taken.
 const PROFILED_RUNS: usize = 5;
 
@@ -31,6 +34,8 @@ const PROFILED_RUNS: usize = 5;
 pub struct Bench<'a> {
     /// The device.
     pub context: &'a Context,
+    /// How long it took to open.
+    pub device_time: Duration,
     /// Its measured peaks.
     pub roofline: Option<Roofline>,
     /// Storage of the expert weights.
@@ -66,6 +71,8 @@ pub enum Progress {
 /// Result for one batch size.
 #[derive(Clone, Debug)]
 pub enum Outcome {
+    /// The layer's first passes, before any batch size's result.
+    Started(FirstResult),
     /// Right, and this fast.
     Measured(Box<Row>),
     /// Wrong or impossible: there is no time to report.
@@ -92,8 +99,9 @@ impl Bench<'_> {
             pinned_experts: self.pinned_experts.clone(),
             ..Default::default()
         };
-        let layer = match MoeLayer::with_options(self.context, workload.config.clone(), &workload.weights, &options) {
-            Ok(layer) => layer,
+        let first_tokens = batches.first().copied().unwrap_or(1);
+        let (layer, first_result) = match self.start(&workload, &options, first_tokens) {
+            Ok(started) => started,
             Err(error) => return vec![failed(None, error.to_string())],
         };
         // The reference gets what the layer holds. Floats hold the workload's weights exactly.
@@ -103,14 +111,60 @@ impl Bench<'_> {
             return vec![failed(None, error.to_string())];
         }
         let workload = &workload;
-        batches
-            .iter()
-            .map(|&tokens| match self.measure(preset, workload, &layer, tokens, progress) {
-                Ok(Ok(row)) => Outcome::Measured(Box::new(row)),
-                Ok(Err(wrong)) => failed(Some(tokens), format!("the result is wrong: {wrong}")),
-                Err(error) => failed(Some(tokens), error.to_string()),
-            })
-            .collect()
+        let started = first_result
+            .into_iter()
+            .map(|result| Outcome::Started(FirstResult { layer: layer_name.clone(), ..result }));
+        let measured = batches.iter().map(|&tokens| match self.measure(preset, workload, &layer, tokens, progress) {
+            Ok(Ok(row)) => Outcome::Measured(Box::new(row)),
+            Ok(Err(wrong)) => failed(Some(tokens), format!("the result is wrong: {wrong}")),
+            Err(error) => failed(Some(tokens), error.to_string()),
+        });
+        started.chain(measured).collect()
+    }
+
+    /// The layer, loaded, and the times of its first passes: once with nothing compiled, and once more, in the place of the
+    /// first, with everything compiled. A batch that does not run leaves no times; why, its own measurement will say.
+    fn start(
+        &self,
+        workload: &Workload,
+        options: &LayerOptions,
+        tokens: u32,
+    ) -> Result<(MoeLayer, Option<FirstResult>)> {
+        if let Some(gpu) = self.context.gpu() {
+            gpu.forget_pipelines();
+        }
+        let load = || {
+            let start = Instant::now();
+            let layer = MoeLayer::with_options(self.context, workload.config.clone(), &workload.weights, options)?;
+            Ok((layer, start.elapsed()))
+        };
+        let (layer, load_time) = load()?;
+        let x = workload.input(tokens)?;
+        let Ok(cold) = self.first_passes(&layer, load_time, &x) else { return Ok((layer, None)) };
+        let mut result =
+            FirstResult { layer: String::new(), tokens, device_s: self.device_time.as_secs_f64(), cold, warm: None };
+        if load_time > SLOW_TO_LOAD {
+            return Ok((layer, Some(result)));
+        }
+        // Never two at once: the memory may be for one.
+        drop(layer);
+        let (layer, load_time) = load()?;
+        result.warm = self.first_passes(&layer, load_time, &x).ok();
+        Ok((layer, Some(result)))
+    }
+
+    /// The first forward and the one after it.
+    fn first_passes(&self, layer: &MoeLayer, load_time: Duration, x: &[f32]) -> Result<FirstPasses> {
+        let pass = || {
+            let start = Instant::now();
+            layer.forward(x)?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        let kernels = || self.context.gpu().map_or(0, |gpu| gpu.num_kernels());
+        let before = kernels();
+        let first_pass_s = pass()?;
+        let kernels = kernels() - before;
+        Ok(FirstPasses { load_s: load_time.as_secs_f64(), first_pass_s, kernels, second_pass_s: pass()? })
     }
 
     /// One batch size: the outer error is the device's, the inner one says what is wrong with the result.
@@ -140,12 +194,6 @@ impl Bench<'_> {
         let times = self.time(layer, workload, tokens, fresh_tokens, progress)?;
         let residency = before.zip(layer.residency()).map(|(before, after)| residency_result(&before, &after));
         let stats = layer.pass_stats();
-        let stages = stage_results(layer, tokens)?;
-        // A device that computes something else after a while has not earned its times.
-        if layer.forward(&x)?.iter().map(|v| v.to_bits()).ne(y.iter().map(|v| v.to_bits())) {
-            return Ok(Err("the same input gave other bits after the timed runs".to_owned()));
-        }
-
         let active_experts = routing.tokens_per_expert.iter().filter(|&&n| n > 0).count() as u32;
         let cost = Cost::of_forward(config, self.weights, tokens, active_experts);
         let gflops = cost.flops / times.median_s / 1e9;
@@ -157,6 +205,12 @@ impl Bench<'_> {
         };
         let bandwidth = self.roofline.as_ref().map(|r| (r, r.bandwidth_for(from)));
         let attainable = bandwidth.map(|(r, bandwidth)| cost.attainable_gflops(r.gflops, bandwidth));
+        let stages = self.stage_results(layer, tokens, bandwidth.map(|(r, bandwidth)| [r.gflops, bandwidth]))?;
+        // A device that computes something else after a while has not earned its times.
+        if layer.forward(&x)?.iter().map(|v| v.to_bits()).ne(y.iter().map(|v| v.to_bits())) {
+            return Ok(Err("the same input gave other bits after the timed runs".to_owned()));
+        }
+
         Ok(Ok(Row {
             preset: preset.map(str::to_owned),
             hidden_size: config.hidden_size(),
@@ -231,6 +285,53 @@ impl Bench<'_> {
         let dense = dense_matmul_time(self.context, rows, columns, config.hidden_size(), self.weights)?;
         Ok(dense.map(|dense| median_s / dense.as_secs_f64()).filter(|ratio| ratio.is_finite()))
     }
+
+    /// The plan's stages with the median of the times that the device measured, as far as it can. `peaks`: GFLOP/s and
+    /// GB/s.
+    fn stage_results(&self, layer: &MoeLayer, tokens: u32, peaks: Option<[f64; 2]>) -> Result<Vec<StageResult>> {
+        let mut profiles = Vec::with_capacity(PROFILED_RUNS);
+        for _ in 0..PROFILED_RUNS {
+            profiles.push(layer.profile()?);
+            // Devices without timestamps will not have them the next time either.
+            if profiles[0].is_empty() {
+                break;
+            }
+        }
+        let seconds = |name: &str| {
+            // A stage may be several dispatches: their times add up.
+            let of_pass = |profile: &Vec<crate::StageTime>| {
+                profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
+            };
+            Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>()).map(|summary| summary.median_s)
+        };
+        let plan = layer.plan(tokens)?;
+        // Of the tokens that are resident now: with fresh ones, not those that were verified.
+        let rows_of_expert = layer.routing()?.tokens_per_expert;
+        let active_experts = rows_of_expert.iter().filter(|&&rows| rows > 0).count() as u32;
+        let formats = LayerFormats::from(self.weights);
+        let how = cost::Dispatched::of(&plan.stages);
+        let least = cost::stages(layer.config(), &formats, tokens, Some(active_experts), how);
+        // The engine has no workgroups; and where experts are brought in, dispatches are repeated as needed.
+        let on_gpu = self.context.gpu().is_some() && layer.residency().is_none();
+        let requests = on_gpu.then(|| plan.requests(&rows_of_expert));
+        let stages = plan.stages.iter().zip(&least).enumerate().map(|(index, (stage, least))| {
+            let median_s = seconds(stage.name).filter(|&s| s > 0.0);
+            let ceiling_s =
+                peaks.map(|[gflops, gbytes]| (least.flops as f64 / gflops).max(least.bytes as f64 / gbytes) / 1e9);
+            let request = requests.as_ref().and_then(|requests| requests.get(index));
+            StageResult {
+                name: stage.name.to_owned(),
+                median_s,
+                flops: stage.flops,
+                bytes: stage.bytes,
+                dispatches: request.map(|request| request.dispatches),
+                least_bytes: Some(least.bytes),
+                requested_bytes: request.map(|request| request.bytes),
+                roofline_fraction: ceiling_s.zip(median_s).map(|(ceiling, time)| ceiling / time),
+            }
+        });
+        Ok(stages.collect())
+    }
 }
 
 /// What happened between two looks.
@@ -272,35 +373,6 @@ fn imbalance(routing: &RoutingDecision) -> f64 {
     if sum > 0.0 { f64::from(most) * tokens.len() as f64 / sum } else { 1.0 }
 }
 
-/// The plan's stages with the median of the times that the device measured, as far as it can.
-fn stage_results(layer: &MoeLayer, tokens: u32) -> Result<Vec<StageResult>> {
-    let mut profiles = Vec::with_capacity(PROFILED_RUNS);
-    for _ in 0..PROFILED_RUNS {
-        profiles.push(layer.profile()?);
-        // Devices without timestamps will not have them the next time either.
-        if profiles[0].is_empty() {
-            break;
-        }
-    }
-    let seconds = |name: &str| {
-        // A stage may be several dispatches: their times add up.
-        let of_pass = |profile: &Vec<crate::StageTime>| {
-            profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
-        };
-        Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>()).map(|summary| summary.median_s)
-    };
-    let stages = layer.plan(tokens)?.stages;
-    Ok(stages
-        .iter()
-        .map(|stage| StageResult {
-            name: stage.name.to_owned(),
-            median_s: seconds(stage.name),
-            flops: stage.flops,
-            bytes: stage.bytes,
-        })
-        .collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,6 +387,7 @@ mod tests {
     fn bench(context: &Context) -> Bench<'_> {
         Bench {
             context,
+            device_time: Duration::from_millis(250),
             roofline: Some(Roofline { gflops: 100.0, gbytes_per_s: 10.0, bandwidths: Vec::new(), how: String::new() }),
             weights: WeightFormat::F16,
             matmul: None,
@@ -331,7 +404,15 @@ mod tests {
     fn rows_hold_what_was_measured() {
         let context = Context::new(&DeviceChoice::Cpu).expect("the CPU engine is always there");
         let outcomes = bench(&context).run(Some("p"), workload(), &[1, 70], &mut |_| ());
-        let [Outcome::Measured(one), Outcome::Measured(many)] = &outcomes[..] else { panic!("{outcomes:?}") };
+        let [Outcome::Started(first), Outcome::Measured(one), Outcome::Measured(many)] = &outcomes[..] else {
+            panic!("{outcomes:?}")
+        };
+        assert_eq!((first.tokens, first.device_s), (1, 0.25));
+        let (cold, warm) = (first.cold, first.warm.expect("loading takes an instant"));
+        for passes in [cold, warm] {
+            assert!(passes.load_s > 0.0 && passes.first_pass_s > 0.0 && passes.second_pass_s > 0.0, "{passes:?}");
+        }
+        assert!(first.layer.contains("hidden 64") && first.cold_s() > 0.25, "{first:?}");
         assert_eq!((one.tokens, one.runs, one.active_experts, one.dense_ratio), (1, 3, 2, None));
         assert_eq!((many.tokens, many.active_experts, many.tokens_checked), (70, 8, 70));
         for row in [one, many] {

@@ -19,7 +19,7 @@ pub mod workload;
 
 pub use measure::{Bench, Outcome, Progress};
 pub use presets::Preset;
-pub use results::{DeviceResult, Results, RooflineResult, Row, StageResult};
+pub use results::{DeviceResult, FirstPasses, FirstResult, Results, RooflineResult, Row, StageResult};
 pub use router::RouterTime;
 pub use stats::Summary;
 pub use verify::Verification;

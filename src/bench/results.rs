@@ -26,6 +26,9 @@ pub struct Results {
     pub rows: Vec<Row>,
     /// Batch sizes without a row, and why.
     pub failures: Vec<Failure>,
+    /// How long each layer took to its first result.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub first_results: Vec<FirstResult>,
     /// The router alone, if it was asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub routers: Vec<RouterTime>,
@@ -131,6 +134,54 @@ pub struct Row {
     pub stages: Vec<StageResult>,
 }
 
+/// From nothing to the first result of one layer. Seconds, each measured once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstResult {
+    /// The layer, in words.
+    pub layer: String,
+    /// Tokens of the passes.
+    pub tokens: u32,
+    /// Finding and opening the device. The first layer pays for it; the number is the same in all.
+    pub device_s: f64,
+    /// No kernel is compiled in this process yet. What the driver keeps on disk from earlier runs is still there.
+    pub cold: FirstPasses,
+    /// The same layer loaded again on the same device, whose kernels are compiled. Absent where loading takes too long to
+    /// be done twice.
+    pub warm: Option<FirstPasses>,
+}
+
+impl FirstResult {
+    /// Device, weights, first pass.
+    pub fn cold_s(&self) -> f64 {
+        self.device_s + self.cold.to_first_result_s()
+    }
+
+    /// Weights, first pass: the device is open.
+    pub fn warm_s(&self) -> Option<f64> {
+        self.warm.map(|warm| warm.to_first_result_s())
+    }
+}
+
+/// What a layer takes before it runs at its usual speed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FirstPasses {
+    /// Packing the weights and handing them to the device.
+    pub load_s: f64,
+    /// The first forward, from host slice to host slice: scratch buffers, kernels that are not compiled yet, the pass.
+    pub first_pass_s: f64,
+    /// Kernels that it compiled; 0 on the CPU engine.
+    pub kernels: u32,
+    /// The same again: what remains.
+    pub second_pass_s: f64,
+}
+
+impl FirstPasses {
+    /// Weights and first pass.
+    pub fn to_first_result_s(&self) -> f64 {
+        self.load_s + self.first_pass_s
+    }
+}
+
 /// Experts that were brought in during the timed passes.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResidencyResult {
@@ -163,8 +214,22 @@ pub struct StageResult {
     pub median_s: Option<f64>,
     /// Arithmetic of the stage, as planned.
     pub flops: u64,
-    /// Least bytes that the stage moves, as planned.
+    /// Least bytes that the stage moves, as planned: the weights of as many experts as the batch can reach.
     pub bytes: u64,
+    /// Its dispatches; absent for the CPU engine, as are requested bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dispatches: Option<u32>,
+    /// As `bytes`, with the experts that got a token in the timed pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub least_bytes: Option<u64>,
+    /// Bytes that the workgroups of its dispatches read and write in that pass: what one of them touches counts once,
+    /// what several touch counts for each ([`crate::plan::requests`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requested_bytes: Option<u64>,
+    /// The time that the measured peaks allow for `flops` and `least_bytes`, whichever takes longer, by `median_s`. The
+    /// peaks are those of the row's `roofline_fraction`. Above 1 where the bytes were still in a cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub roofline_fraction: Option<f64>,
 }
 
 /// A batch size without a result.
@@ -192,7 +257,16 @@ mod tests {
 
     fn results() -> Results {
         let text = |text: &str| text.to_owned();
-        let stage = StageResult { name: text("router"), median_s: None, flops: 1, bytes: 2 };
+        let stage = StageResult {
+            name: text("router"),
+            median_s: None,
+            flops: 1,
+            bytes: 2,
+            dispatches: Some(1),
+            least_bytes: Some(2),
+            requested_bytes: Some(3),
+            roofline_fraction: None,
+        };
         let row = Row {
             preset: None,
             hidden_size: 1,
@@ -230,6 +304,13 @@ mod tests {
             roofline: None,
             rows: vec![row],
             failures: Vec::new(),
+            first_results: vec![FirstResult {
+                layer: text("l"),
+                tokens: 5,
+                device_s: 0.25,
+                cold: FirstPasses { load_s: 1.0, first_pass_s: 2.0, kernels: 6, second_pass_s: 0.5 },
+                warm: None,
+            }],
             routers: Vec::new(),
             tuning: None,
         }
@@ -264,6 +345,31 @@ mod tests {
         for field in ["name", "median_s", "flops", "bytes"] {
             assert!(json["rows"][0]["stages"][0].get(field).is_some(), "{field}");
         }
+    }
+
+    #[test]
+    fn files_of_earlier_versions_can_be_read() {
+        let mut json = serde_json::to_value(results()).expect("serialises");
+        let fields = json.as_object_mut().expect("an object");
+        assert!(fields.remove("first_results").is_some());
+        let stage = json["rows"][0]["stages"][0].as_object_mut().expect("an object");
+        for field in ["dispatches", "least_bytes", "requested_bytes"] {
+            assert!(stage.remove(field).is_some(), "{field}");
+        }
+        let read: Results = serde_json::from_value(json).expect("the new fields have defaults");
+        let mut expected = Results { first_results: Vec::new(), ..results() };
+        let stage = &mut expected.rows[0].stages[0];
+        (stage.dispatches, stage.least_bytes, stage.requested_bytes) = (None, None, None);
+        assert_eq!(read, expected);
+    }
+
+    #[test]
+    fn what_a_first_result_takes_is_the_sum_of_its_parts() {
+        let cold = &results().first_results[0];
+        assert_eq!((cold.cold_s(), cold.warm_s()), (3.25, None));
+        let passes = FirstPasses { load_s: 1.0, first_pass_s: 0.5, kernels: 6, second_pass_s: 0.25 };
+        let both = FirstResult { warm: Some(passes), ..cold.clone() };
+        assert_eq!((both.cold_s(), both.warm_s()), (3.25, Some(1.5)));
     }
 
     #[test]

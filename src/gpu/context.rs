@@ -43,6 +43,7 @@ struct Faults {
 #[derive(Default)]
 struct Counters {
     allocations: AtomicU64,
+    bind_groups: AtomicU64,
     readbacks: AtomicU64,
 }
 
@@ -143,6 +144,15 @@ impl Gpu {
         self.counters.allocations.load(Ordering::Relaxed)
     }
 
+    /// Bind groups created through this handle and its clones so far.
+    pub(super) fn bind_groups(&self) -> u64 {
+        self.counters.bind_groups.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_bind_group(&self) {
+        self.counters.bind_groups.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Buffers read back to the host through this handle and its clones so far.
     pub fn readbacks(&self) -> u64 {
         self.counters.readbacks.load(Ordering::Relaxed)
@@ -154,6 +164,16 @@ impl Gpu {
 
     pub(super) fn pipelines(&self) -> MutexGuard<'_, HashMap<String, Arc<Pipeline>>> {
         lock(&self.inner.pipelines)
+    }
+
+    /// Kernels that are compiled and would not be compiled again.
+    pub fn num_kernels(&self) -> u32 {
+        self.pipelines().len() as u32
+    }
+
+    /// Every kernel is compiled anew when it is next asked for, as in a program that has just started. Layers keep theirs.
+    pub(crate) fn forget_pipelines(&self) {
+        self.pipelines().clear();
     }
 
     /// Runs `create` with every error of the device caught and typed.

@@ -51,8 +51,8 @@ struct State {
     scratch: HashMap<&'static str, wgpu::Buffer>,
     io: Option<Io>,
     passes: HashMap<PassKey, Prepared>,
-    /// Bind groups of the last (pass, x, y), so that repeating a pass creates nothing.
-    bound: HashMap<PassKey, Bound>,
+    /// Bind groups of the last (x, y) of each pass, by its first token, so that repeating a batch creates nothing.
+    bound: HashMap<(PassKey, u32), Bound>,
     last: PassStats,
     /// What kind of pass the last one was.
     last_kind: PassKind,
@@ -94,13 +94,12 @@ struct Prepared {
 pub(crate) struct SetAside {
     plan: LayerPlan,
     passes: HashMap<PassKey, Prepared>,
-    bound: HashMap<PassKey, Bound>,
+    bound: HashMap<(PassKey, u32), Bound>,
 }
 
 struct Bound {
     x: wgpu::Buffer,
     y: wgpu::Buffer,
-    first_token: u32,
     bind_groups: Vec<wgpu::BindGroup>,
 }
 
@@ -174,7 +173,7 @@ impl GpuLayer {
         let missing: Vec<PassKey> = wanted.iter().copied().filter(|key| !state.passes.contains_key(key)).collect();
         if state.passes.len() + missing.len() > MAX_PASSES {
             state.passes.retain(|key, _| wanted.contains(key));
-            state.bound.retain(|key, _| wanted.contains(key));
+            state.bound.retain(|(key, _), _| wanted.contains(key));
         }
         for key in missing {
             let prepared = self.prepare_pass(key).await?;
@@ -228,10 +227,12 @@ impl GpuLayer {
         x: &wgpu::Buffer,
         y: &wgpu::Buffer,
     ) -> Result<()> {
-        let same = |b: &Bound| b.x == *x && b.y == *y && b.first_token == first_token;
-        if state.bound.get(&key).is_some_and(same) {
+        let same = |b: &Bound| b.x == *x && b.y == *y;
+        if state.bound.get(&(key, first_token)).is_some_and(same) {
             return Ok(());
         }
+        // Of a batch of many passes, too, only the last buffers are kept alive.
+        state.bound.retain(|(other, _), bound| *other != key || same(bound));
         let num_tokens = key.0;
         let Some(pass) = state.passes.get(&key) else { return Err(unprepared(num_tokens)) };
         let row_bytes = u64::from(self.plan.config().hidden_size()) * 4;
@@ -259,19 +260,20 @@ impl GpuLayer {
             };
             bind_groups.push(pipeline.bind(&self.gpu, find).await?);
         }
-        state.bound.insert(key, Bound { x: x.clone(), y: y.clone(), first_token, bind_groups });
+        state.bound.insert((key, first_token), Bound { x: x.clone(), y: y.clone(), bind_groups });
         Ok(())
     }
 
-    /// Puts a prepared and bound pass into `encoder`. With `timestamps`, each dispatch is a compute pass of its own.
+    /// Puts a pass that is prepared, and bound from its first token on, into `encoder`. With `timestamps`, each dispatch is
+    /// a compute pass of its own.
     fn record_pass(
         &self,
         state: &State,
         encoder: &mut wgpu::CommandEncoder,
-        key: PassKey,
+        of: (PassKey, u32),
         timestamps: Option<&Timestamps>,
     ) -> Result<u32> {
-        self.record_part(state, encoder, key, 0..usize::MAX, timestamps)
+        self.record_part(state, encoder, of, 0..usize::MAX, timestamps)
     }
 
     /// The dispatches of `part` of a prepared and bound pass, as far as there are any.
@@ -279,12 +281,12 @@ impl GpuLayer {
         &self,
         state: &State,
         encoder: &mut wgpu::CommandEncoder,
-        key: PassKey,
+        of: (PassKey, u32),
         part: Range<usize>,
         timestamps: Option<&Timestamps>,
     ) -> Result<u32> {
-        let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&key)) else {
-            return Err(unprepared(key.0));
+        let (Some(pass), Some(bound)) = (state.passes.get(&of.0), state.bound.get(&of)) else {
+            return Err(unprepared(of.0.0));
         };
         if let Some(status) = state.scratch.get("status").filter(|_| part.start == 0) {
             encoder.clear_buffer(status, 0, None);
@@ -369,8 +371,7 @@ impl GpuLayer {
             });
         }
         let mut state = self.state.lock().await;
-        let readbacks = self.gpu.readbacks();
-        let allocations = self.gpu.allocations();
+        let before = self.counts();
         self.prepare_passes(&mut state, num_tokens, kind).await?;
         let mut dispatches = 0;
         for (first_token, tokens) in self.plan.passes(num_tokens) {
@@ -381,22 +382,25 @@ impl GpuLayer {
                 encoder.copy_buffer_to_buffer(buffer, from, scratch, 0, size);
             }
             self.bind(&mut state, (tokens, kind), first_token, x, y).await?;
-            dispatches += self.record_pass(&state, encoder, (tokens, kind), None)?;
+            dispatches += self.record_pass(&state, encoder, ((tokens, kind), first_token), None)?;
         }
         state.routing = None;
         state.last_kind = kind;
         state.last_sequence = None;
-        state.last = self.stats(num_tokens, dispatches, readbacks, allocations);
+        state.last = self.stats(num_tokens, dispatches, before);
         Ok(())
     }
 
-    fn stats(&self, num_tokens: u32, dispatches: u32, readbacks: u64, allocations: u64) -> PassStats {
-        PassStats {
-            num_tokens,
-            dispatches,
-            readbacks: (self.gpu.readbacks() - readbacks) as u32,
-            allocations: (self.gpu.allocations() - allocations) as u32,
-        }
+    /// Readbacks, buffers and bind groups so far.
+    fn counts(&self) -> [u64; 3] {
+        [self.gpu.readbacks(), self.gpu.allocations(), self.gpu.bind_groups()]
+    }
+
+    /// What was done since `before` was counted.
+    fn stats(&self, num_tokens: u32, dispatches: u32, before: [u64; 3]) -> PassStats {
+        let now = self.counts();
+        let [readbacks, allocations, bind_groups] = std::array::from_fn(|i| (now[i] - before[i]) as u32);
+        PassStats { num_tokens, dispatches, readbacks, allocations, bind_groups }
     }
 
     fn encoder(&self) -> wgpu::CommandEncoder {

@@ -104,6 +104,7 @@ impl Pipeline {
         }
         let desc =
             wgpu::BindGroupDescriptor { label: Some(&self.kernel.label), layout: &self.layout, entries: &entries };
+        gpu.count_bind_group();
         gpu.scoped(&self.kernel.label, |device| device.create_bind_group(&desc)).await
     }
 }

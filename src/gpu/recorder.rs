@@ -13,6 +13,8 @@ pub struct PassStats {
     pub readbacks: u32,
     /// Buffers created.
     pub allocations: u32,
+    /// Bind groups created.
+    pub bind_groups: u32,
     /// Tokens.
     pub num_tokens: u32,
 }

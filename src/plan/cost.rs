@@ -28,11 +28,26 @@ pub struct Dispatched {
     pub combine_fused: bool,
 }
 
+impl Dispatched {
+    /// How a pass of these stages does it.
+    pub fn of(stages: &[StageCost]) -> Self {
+        let has = |name: &str| stages.iter().any(|stage| stage.name == name);
+        Self { sorted: has("permute"), logits_apart: has("logits"), combine_fused: has("down_combine") }
+    }
+}
+
 /// Costs of the stages that run and whose work is worth counting, in order. Norms, capacity and what else only some
 /// layers have beside matrices are small.
 ///
-/// `how`: which of them are apart, or in one.
-pub fn stages(config: &MoeConfig, formats: &LayerFormats, num_tokens: u32, how: Dispatched) -> Vec<StageCost> {
+/// `active_experts`: experts that got a token; `None`: as many as the batch can reach. `how`: which of them are apart, or
+/// in one.
+pub fn stages(
+    config: &MoeConfig,
+    formats: &LayerFormats,
+    num_tokens: u32,
+    active_experts: Option<u32>,
+    how: Dispatched,
+) -> Vec<StageCost> {
     let Dispatched { sorted, logits_apart, combine_fused } = how;
     let [t, h, d, i, e, k] = [
         num_tokens,
@@ -44,7 +59,7 @@ pub fn stages(config: &MoeConfig, formats: &LayerFormats, num_tokens: u32, how: 
     ]
     .map(u64::from);
     let a = t * k;
-    let reached = e.min(a);
+    let reached = active_experts.map_or(e.min(a), u64::from);
     // Columns of some inputs each, a quad at a time, as they are stored.
     let weights = |format: WeightFormat, columns: u64, inputs: u64| {
         columns * format.quad_bytes(u32::try_from(inputs).unwrap_or(u32::MAX)) / 4
@@ -86,7 +101,7 @@ pub fn stages(config: &MoeConfig, formats: &LayerFormats, num_tokens: u32, how: 
         weights(formats.gate_up, reached * columns, d) + 4 * (t * d + a * i4),
     ));
     let down = (2 * a * d * i, weights(formats.down, reached * d, i) + 4 * a * i4);
-    let combine = (2 * a * d, 4 * (a + t * h));
+    let combine = (2 * a * d, 4 * (a + t * d));
     if combine_fused {
         stages.push(("down_combine", down.0 + combine.0, down.1 + combine.1));
     } else {

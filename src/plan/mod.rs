@@ -6,6 +6,7 @@ pub mod device;
 pub mod grid;
 pub mod pages;
 mod passes;
+pub mod requests;
 pub mod tuned;
 pub mod variant;
 
@@ -22,6 +23,7 @@ use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
 use pages::WeightPage;
+pub use requests::StageRequests;
 use std::sync::Arc;
 pub use tuned::{ShapeClass, TunedChoices};
 pub use variant::MatmulRequest;
@@ -451,7 +453,7 @@ impl LayerPlan {
                     logits_apart: passes::multiplies_before(self, num_tokens, kind),
                     combine_fused: passes::fuses_combine(self, matmul, num_tokens, kind),
                 };
-                cost::stages(c, &self.formats, num_tokens, how)
+                cost::stages(c, &self.formats, num_tokens, None, how)
             },
             dispatches: passes::dispatches(self, matmul, &params, kind)?,
         })

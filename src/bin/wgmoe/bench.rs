@@ -4,10 +4,10 @@ use crate::output::{Output, Status};
 use crate::{Matmul, Verdict, bench_table, open, unusable, widen};
 use anyhow::Context as _;
 use clap::builder::PossibleValuesParser;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wgmoe::bench::measure::describe;
 use wgmoe::bench::presets::{self, DEFAULT_TOKENS, Preset};
-use wgmoe::bench::results::{DeviceResult, Failure, Results, RooflineResult, SCHEMA};
+use wgmoe::bench::results::{DeviceResult, Failure, FirstResult, Results, RooflineResult, SCHEMA};
 use wgmoe::bench::{Bench, Outcome, Progress, Row, Workload, memory};
 use wgmoe::plan::exceeds_webgpu_limits;
 use wgmoe::{DeviceChoice, LayerFormats, MoeConfig, WeightFormat};
@@ -73,6 +73,9 @@ pub struct Args {
     /// Time the router alone instead, at 128 to 896 experts and 512 tokens
     #[arg(long, conflicts_with_all = ["preset", "hidden", "intermediate", "experts", "top_k", "tokens", "skew"])]
     router: bool,
+    /// Also print what each stage moves, beside the least that it has to, and how near its ceiling it comes
+    #[arg(long)]
+    stages: bool,
     /// Seed of weights and inputs
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -86,15 +89,27 @@ struct Job {
     tokens: Vec<u32>,
 }
 
+/// What was found about one layer.
+#[derive(Default)]
+struct Measured {
+    rows: Vec<Row>,
+    failures: Vec<Failure>,
+    first_result: Option<FirstResult>,
+}
+
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     check(args)?;
+    let start = Instant::now();
     let context = open(&device, output)?;
+    let mut device_time = start.elapsed();
     let jobs = jobs(args, &context)?;
     let needs_more = |job: &Job| {
         let tokens = job.tokens.iter().copied().max().unwrap_or(1);
         job.preset.config().is_ok_and(|config| exceeds_webgpu_limits(&config, args.weights, tokens))
     };
+    let start = Instant::now();
     let context = widen(context, &device, jobs.iter().any(needs_more), output)?;
+    device_time += start.elapsed();
     // A variant that was asked for is not looked up, and the router alone has no grouped matmul.
     let is_open = args.matmul.0.is_none() && !args.router;
     let tuning = if is_open { args.tuning.find(&context, output) } else { None };
@@ -115,6 +130,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let (weights, matmul, runs) = (args.weights, args.matmul.0, args.runs);
     let bench = Bench {
         context: &context,
+        device_time,
         roofline: roofline.clone(),
         weights,
         matmul,
@@ -137,6 +153,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         }),
         rows: Vec::new(),
         failures: Vec::new(),
+        first_results: Vec::new(),
         routers: Vec::new(),
         tuning: tuning.as_ref().map(|found| found.path.display().to_string()),
     };
@@ -152,11 +169,14 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     for job in &jobs {
         let config = job.preset.config().map_err(|error| unusable(error.to_string()))?;
         let title = job.title(&config, args);
-        let (rows, failures) =
+        let Measured { rows, failures, first_result } =
             run_job(job, config, &bench, args, &status).with_context(|| format!("cannot make the layer: {title}"))?;
-        status.suspend(|| output.line(&bench_table::layer(&title, &rows, &failures)));
+        let more = if args.stages { bench_table::stage_bytes(&rows) } else { String::new() };
+        let table = bench_table::layer(&title, &rows, &failures, first_result.as_ref(), &more);
+        status.suspend(|| output.line(&table));
         results.rows.extend(rows);
         results.failures.extend(failures);
+        results.first_results.extend(first_result);
     }
     drop(status);
     output.json(&results)?;
@@ -235,13 +255,7 @@ fn jobs(args: &Args, context: &wgmoe::Context) -> anyhow::Result<Vec<Job>> {
 }
 
 /// Makes the layer and measures it at every batch size.
-fn run_job(
-    job: &Job,
-    config: MoeConfig,
-    bench: &Bench<'_>,
-    args: &Args,
-    status: &Status,
-) -> wgmoe::Result<(Vec<Row>, Vec<Failure>)> {
+fn run_job(job: &Job, config: MoeConfig, bench: &Bench<'_>, args: &Args, status: &Status) -> wgmoe::Result<Measured> {
     status.lively();
     status.set(format!("{}: making weights", job.preset.name));
     let workload = Workload::new(config, args.skew, args.seed)?;
@@ -256,12 +270,13 @@ fn run_job(
             status.set(format!("{tokens} tokens: run {run} of {runs}"));
         }
     };
-    let (mut rows, mut failures) = (Vec::new(), Vec::new());
+    let mut measured = Measured::default();
     for outcome in bench.run(job.name.as_deref(), workload, &job.tokens, &mut show) {
         match outcome {
-            Outcome::Measured(row) => rows.push(*row),
-            Outcome::Failed(failure) => failures.push(failure),
+            Outcome::Started(first_result) => measured.first_result = Some(first_result),
+            Outcome::Measured(row) => measured.rows.push(*row),
+            Outcome::Failed(failure) => measured.failures.push(failure),
         }
     }
-    Ok((rows, failures))
+    Ok(measured)
 }

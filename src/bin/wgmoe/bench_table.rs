@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
 use wgmoe::Roofline;
 use wgmoe::bench::RouterTime;
-use wgmoe::bench::results::{Failure, Row, StageResult};
+use wgmoe::bench::results::{Failure, FirstResult, Row, StageResult};
 
 /// A table of numbers: one line each, the first column to the left.
 pub fn plain_table(header: &[&str]) -> Table {
@@ -23,11 +23,14 @@ pub fn roofline(roofline: &Roofline) -> String {
     format!("roofline: {} GFLOP/s; GB/s: {rates} ({})", number(roofline.gflops), roofline.how)
 }
 
-/// One layer: a row for each batch, then where the time goes, then what failed.
-pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
+/// One layer: a row for each batch, what the first result took, then where the time goes, then `more`, then what failed.
+pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&FirstResult>, more: &str) -> String {
     let mut text = format!("\n{title}\n");
     if !rows.is_empty() {
         text.push_str(&format!("{}\n", batches(rows)));
+    }
+    if let Some(first) = first {
+        text.push_str(&format!("{}\n", first_result(first)));
     }
     if rows.iter().any(|row| row.residency.is_some()) {
         // What a stage takes depends on who was there before it.
@@ -35,11 +38,24 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure]) -> String {
     } else if !rows.is_empty() {
         text.push_str(&format!("\nwhere the time goes\n{}\n", stages(rows)));
     }
+    text.push_str(more);
     for failure in failures {
         let tokens = failure.tokens.map(|tokens| format!("{tokens} tokens: ")).unwrap_or_default();
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
     }
     text
+}
+
+/// Cold with its parts, then warm.
+fn first_result(first: &FirstResult) -> String {
+    let warm = first.warm_s().map(|warm| format!(", {} warm", seconds(warm))).unwrap_or_default();
+    format!(
+        "first result: {} cold (device {}, weights {}, kernels and first pass {}){warm}",
+        seconds(first.cold_s()),
+        seconds(first.device_s),
+        seconds(first.cold.load_s),
+        seconds(first.cold.first_pass_s),
+    )
 }
 
 /// The router alone.
@@ -153,6 +169,53 @@ fn stages(rows: &[Row]) -> String {
     table.to_string()
 }
 
+/// What each stage moves, and the share of the stages around the experts.
+pub fn stage_bytes(rows: &[Row]) -> String {
+    let mut table = plain_table(&[
+        "tokens",
+        "stage",
+        "dispatches",
+        "least MB",
+        "requested MB",
+        "x least",
+        "time",
+        "GB/s of least",
+        "of its ceiling",
+    ]);
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+    let megabytes = |bytes: u64| number(bytes as f64 / 1e6);
+    for row in rows {
+        for stage in &row.stages {
+            let least = stage.least_bytes.unwrap_or(stage.bytes);
+            table.add_row([
+                row.tokens.to_string(),
+                stage.name.clone(),
+                or_dash(stage.dispatches.map(|n| n.to_string())),
+                megabytes(least),
+                or_dash(stage.requested_bytes.map(megabytes)),
+                or_dash(stage.requested_bytes.map(|bytes| number(bytes as f64 / least as f64))),
+                or_dash(stage.median_s.map(seconds)),
+                or_dash(stage.median_s.map(|time| number(least as f64 / time / 1e9))),
+                or_dash(stage.roofline_fraction.map(percent)),
+            ]);
+        }
+    }
+    let share = |row: &Row| Some(format!("{} at {}", percent(around(row)?), row.tokens));
+    let shares = rows.iter().filter_map(share).collect::<Vec<_>>().join(", ");
+    let shares = if shares.is_empty() { "not timed".to_owned() } else { format!("{shares} tokens") };
+    format!(
+        "\nwhat each stage moves\n{table}\nshare of logits, router, permute and combine in the stages' time: {shares}\n"
+    )
+}
+
+/// The share of all stages' time that is not spent in experts.
+fn around(row: &Row) -> Option<f64> {
+    let time = |counts: fn(&str) -> bool| {
+        row.stages.iter().filter(|stage| counts(&stage.name)).filter_map(|stage| stage.median_s).reduce(|a, b| a + b)
+    };
+    Some(time(|name| ["logits", "router", "permute", "combine"].contains(&name))? / time(|_| true)?)
+}
+
 fn stage_cell(stage: &StageResult, whole: f64) -> Option<String> {
     let time = stage.median_s?;
     let mut cell = format!("{}  {:>4}", seconds(time), percent(if whole > 0.0 { time / whole } else { 0.0 }));
@@ -193,6 +256,17 @@ pub fn percent(fraction: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wgmoe::bench::results::FirstPasses;
+
+    #[test]
+    fn a_first_result_is_one_line_with_its_parts() {
+        let cold = FirstPasses { load_s: 0.6, first_pass_s: 1.2, kernels: 6, second_pass_s: 0.01 };
+        let warm = Some(FirstPasses { load_s: 0.6, first_pass_s: 0.015, kernels: 6, second_pass_s: 0.01 });
+        let first = FirstResult { layer: String::new(), tokens: 1, device_s: 0.1, cold, warm };
+        let cold = "first result: 1.90 s cold (device 100 ms, weights 600 ms, kernels and first pass 1.20 s)";
+        assert_eq!(first_result(&first), format!("{cold}, 615 ms warm"));
+        assert_eq!(first_result(&FirstResult { warm: None, ..first }), cold);
+    }
 
     #[test]
     fn numbers_keep_three_digits_and_their_unit() {

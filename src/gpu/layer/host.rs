@@ -30,7 +30,7 @@ impl GpuLayer {
         let h = self.plan.config().hidden_size() as usize;
         let num_tokens = (batch.x.len() / h) as u32;
         let kind = self.kind_of(batch);
-        let allocations = self.gpu.allocations();
+        let before = self.counts();
         self.prepare_io(&mut state, num_tokens, kind).await?;
         state.resident = 0;
         let several = num_tokens > self.plan.max_tokens();
@@ -56,8 +56,8 @@ impl GpuLayer {
         }
         state.routing = routing;
         state.resident = if several || !front_is_kept(kind, self.plan.config()) { 0 } else { num_tokens };
-        let allocations = (self.gpu.allocations() - allocations) as u32;
-        state.last = PassStats { num_tokens, dispatches, readbacks, allocations };
+        // Of the readbacks, only those that a dispatch waited for.
+        state.last = PassStats { readbacks, ..self.stats(num_tokens, dispatches, before) };
         match bad_tokens {
             0 => Ok(()),
             num_tokens => Err(Error::NonFiniteLogits { num_tokens }),
@@ -284,7 +284,7 @@ impl GpuLayer {
     /// One pass on the resident input, from recording to completion, waited for.
     pub(crate) async fn run_resident(&self) -> Result<()> {
         let mut state = self.state.lock().await;
-        let before = (self.gpu.readbacks(), self.gpu.allocations());
+        let before = self.counts();
         let key = self.bind_resident(&mut state).await?;
         let choices = state.io.as_ref().and_then(|io| io.choices.clone());
         let (encoder, dispatches) = self.run_pass(&state, self.encoder(), key, choices.as_ref()).await?;
@@ -292,7 +292,7 @@ impl GpuLayer {
         state.routing = None;
         state.last_kind = key.1;
         state.last_sequence = None;
-        state.last = self.stats(key.0, dispatches, before.0, before.1);
+        state.last = self.stats(key.0, dispatches, before);
         Ok(())
     }
 
@@ -309,7 +309,7 @@ impl GpuLayer {
         let times = if self.gpu.has_timestamps() {
             let timestamps = Timestamps::new(&self.gpu, stages.len() as u32).await?;
             let mut encoder = self.encoder();
-            self.record_pass(&state, &mut encoder, key, Some(&timestamps))?;
+            self.record_pass(&state, &mut encoder, (key, 0), Some(&timestamps))?;
             timestamps.resolve(&mut encoder);
             submit_and_wait(&self.gpu, encoder, "the profiled pass").await?;
             timestamps.read(&self.gpu).await?
@@ -321,7 +321,7 @@ impl GpuLayer {
 
     /// Without timestamps: each dispatch is submitted alone and waited for, so times include that.
     async fn profile_by_waiting(&self, state: &State, key: PassKey) -> Result<Vec<f64>> {
-        let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&key)) else {
+        let (Some(pass), Some(bound)) = (state.passes.get(&key), state.bound.get(&(key, 0))) else {
             return Err(unprepared(key.0));
         };
         let mut times = Vec::new();

@@ -174,7 +174,7 @@ impl GpuLayer {
         choices: Option<&wgpu::Buffer>,
     ) -> Result<(wgpu::CommandEncoder, u32)> {
         let (Some(residency), Some(choices)) = (&self.residency, choices) else {
-            let dispatches = self.record_pass(state, &mut encoder, key, None)?;
+            let dispatches = self.record_pass(state, &mut encoder, (key, 0), None)?;
             return Ok((encoder, dispatches));
         };
         let mut residency = residency.lock().await;
@@ -184,7 +184,7 @@ impl GpuLayer {
         let (Some(first), Some(last)) = (index("gate_up"), last) else { return Err(unprepared(key.0)) };
         let experts = first..last + 1;
 
-        let mut dispatches = self.record_part(state, &mut encoder, key, 0..experts.start, None)?;
+        let mut dispatches = self.record_part(state, &mut encoder, (key, 0), 0..experts.start, None)?;
         let needed = self.read_choices(state, encoder, key, choices).await?;
         residency.stats.passes += 1;
         let (here, missing): (Vec<u32>, Vec<u32>) =
@@ -199,7 +199,7 @@ impl GpuLayer {
             dispatches += self.round(state, key, experts.clone(), &mut residency, &round).await?;
         }
         let mut encoder = self.encoder();
-        dispatches += self.record_part(state, &mut encoder, key, experts.end..usize::MAX, None)?;
+        dispatches += self.record_part(state, &mut encoder, (key, 0), experts.end..usize::MAX, None)?;
         Ok((encoder, dispatches))
     }
 
@@ -263,7 +263,7 @@ impl GpuLayer {
             })
             .await?;
         let mut encoder = self.encoder();
-        let dispatches = self.record_part(state, &mut encoder, key, part, None)?;
+        let dispatches = self.record_part(state, &mut encoder, (key, 0), part, None)?;
         self.submit(encoder).await?;
         Ok(dispatches)
     }
