@@ -1,9 +1,9 @@
 // matmul_tiled: the grouped matmul as tiles in workgroup memory, for GPUs with fast workgroup memory. No entry point.
 //
 // The idea
-//     workgroup = TILE_M rows x TILE_N packed columns of one expert; lane = 4 rows x 4 columns
+//     workgroup = TILE_M rows x TILE_N packed columns of one expert; lane = LANE_ROWS rows (lane_rows_*) x 4 columns
 //     for each TILE_K inputs: all lanes copy the rows' inputs and the columns' weights to workgroup memory;
-//         each lane multiplies its 4 rows by its 4 columns from there
+//         each lane multiplies its rows by its 4 columns from there
 // Departures from it
 //     1. tile_w holds the four columns of a lane as one vec4, and neighbouring lanes' vec4s side by side; rows of tile_x
 //        are one vec4 wider than TILE_K: no bank conflicts.
@@ -11,16 +11,13 @@
 
 override TILE_M: u32 = 32;
 override TILE_N: u32 = 64;
-override WG_SIZE: u32 = 128; // TILE_M * TILE_N / 16
+override WG_SIZE: u32 = 128; // TILE_M / LANE_ROWS * TILE_N / LANE_COLUMNS
 
 const TILE_K4: u32 = 4u;   // vec4s of a row per round
 const STRIDE: u32 = 5u;    // TILE_K4 + 1
 
 var<workgroup> tile_x: array<vec4<f32>, TILE_M * STRIDE>;  // [TILE_M, STRIDE] vec4 of inputs
 var<workgroup> tile_w: array<vec4<f32>, TILE_N * TILE_K4>; // [4 * TILE_K4 inputs, TILE_N / 4] vec4 of columns
-
-// Sums of four rows; each vec4 is the lane's four columns.
-struct Sums { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
 
 fn grouped_matmul(group: u32, lane: u32) {
     let slot = group / params.num_column_tiles;
@@ -34,8 +31,8 @@ fn grouped_matmul(group: u32, lane: u32) {
 
     let lanes_across = TILE_N / LANE_COLUMNS;
     let across = lane % lanes_across;
-    let first = (lane / lanes_across) * 4u;
-    var sums = Sums(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0));
+    let first = (lane / lanes_across) * LANE_ROWS;
+    var sums = no_sums();
     for (var k = 0u; k < params.k4; k += TILE_K4) {
         workgroupBarrier();
         fill_tiles(tile, first_quad, num_quads, k, lane);
@@ -44,20 +41,17 @@ fn grouped_matmul(group: u32, lane: u32) {
             let at = 4u * i * lanes_across + across;
             let w = mat4x4<f32>(
                 tile_w[at], tile_w[at + lanes_across], tile_w[at + 2u * lanes_across], tile_w[at + 3u * lanes_across]);
-            sums.r0 = step(sums.r0, tile_x[first * STRIDE + i], w);
-            sums.r1 = step(sums.r1, tile_x[(first + 1u) * STRIDE + i], w);
-            sums.r2 = step(sums.r2, tile_x[(first + 2u) * STRIDE + i], w);
-            sums.r3 = step(sums.r3, tile_x[(first + 3u) * STRIDE + i], w);
+            sums = step_rows(sums, first, i, w);
         }
     }
 
     let column = first_column + across * LANE_COLUMNS;
     if column >= params.end_column { return; }
-    let out = params.first_column + column;
-    if first < tile.num_rows { store_sums(tile.expert, tile_row(tile, first), out, sums.r0); }
-    if first + 1u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 1u), out, sums.r1); }
-    if first + 2u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 2u), out, sums.r2); }
-    if first + 3u < tile.num_rows { store_sums(tile.expert, tile_row(tile, first + 3u), out, sums.r3); }
+    store_rows(tile, first, params.first_column + column, sums);
+}
+
+fn store_row(tile: Tile, i: u32, column: u32, sums: vec4<f32>) {
+    if i < tile.num_rows { store_sums(tile.expert, tile_row(tile, i), column, sums); }
 }
 
 // Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and of its first num_quads column quads; zeros past the end.

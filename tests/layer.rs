@@ -261,6 +261,7 @@ fn tile_sizes_of_other_devices_match_the_reference() {
     choices.push(MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: true });
     choices.extend([16, 32, 64].map(|tile_m| MatmulChoice::Tiled { tile_m, tile_n: 64 }));
     choices.push(MatmulChoice::Tiled { tile_m: 64, tile_n: 32 });
+    choices.extend([(32, 64), (64, 64), (128, 64)].map(|(tile_m, tile_n)| MatmulChoice::TiledTall { tile_m, tile_n }));
     // Software adapters with subgroups have Vec by another kernel; without, by this one.
     choices.push(MatmulChoice::Vec { workgroup_size: 8, k_lanes: 1, sorted: true });
     for kind in [Kind::Plain, Kind::Counted] {

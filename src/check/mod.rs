@@ -434,6 +434,7 @@ impl<'a> Case<'a> {
 fn choices(device: &DeviceProfile, config: &MoeConfig, tokens: u32) -> Vec<MatmulChoice> {
     let mut choices = variant::candidates(config.top_k(), config.num_experts(), tokens, device);
     let mut elsewhere: Vec<_> = [16, 32, 64].map(|tile_m| MatmulChoice::Tiled { tile_m, tile_n: 64 }).into();
+    elsewhere.extend([32, 64, 128].map(|tile_m| MatmulChoice::TiledTall { tile_m, tile_n: 64 }));
     elsewhere.extend(device.subgroup_size.map(|subgroup_size| MatmulChoice::Subgroup { subgroup_size }));
     let few = tokens <= variant::FEW_TOKENS;
     for sorted in [true, false].into_iter().filter(|&sorted| sorted || few) {

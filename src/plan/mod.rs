@@ -6,6 +6,7 @@ pub mod device;
 pub mod grid;
 pub mod pages;
 mod passes;
+pub mod predict;
 pub mod requests;
 pub mod tuned;
 pub mod variant;

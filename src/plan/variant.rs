@@ -83,6 +83,14 @@ pub(crate) fn check_choice(choice: MatmulChoice, device: &DeviceProfile) -> Resu
                 && lanes(u64::from(tile_m) * u64::from(tile_n) / 16),
             format!("tile_m and tile_n multiples of 4, tile_m * tile_n / 16 at most {}", device.max_invocations),
         ),
+        MatmulChoice::TiledTall { tile_m, tile_n } => (
+            tile_m >= 8
+                && tile_n >= 4
+                && tile_m.is_multiple_of(8)
+                && tile_n.is_multiple_of(4)
+                && lanes(u64::from(tile_m) * u64::from(tile_n) / 32),
+            format!("tile_m a multiple of 8 and tile_n of 4, tile_m * tile_n / 32 at most {}", device.max_invocations),
+        ),
         MatmulChoice::Subgroup { subgroup_size } | MatmulChoice::VecSubgroup { subgroup_size, .. } => {
             (Some(subgroup_size) == device.subgroup_size, format!("the device's size, {:?}", device.subgroup_size))
         }
@@ -138,7 +146,12 @@ pub fn candidates(top_k: u32, num_experts: u32, num_tokens: u32, device: &Device
         (false, _) => TILES,
     };
     let due = tiles.iter().filter(|(tile_m, _)| *tile_m <= (2 * rows.min(1 << 16)).max(16));
-    all.extend(due.map(|&(tile_m, tile_n)| MatmulChoice::Tiled { tile_m, tile_n }));
+    for &(tile_m, tile_n) in due {
+        all.push(MatmulChoice::Tiled { tile_m, tile_n });
+        if !device.software && tile_m > 16 {
+            all.push(MatmulChoice::TiledTall { tile_m, tile_n });
+        }
+    }
     all.retain(|&choice| (choice.sorted() || num_tokens <= FEW_TOKENS) && check_choice(choice, device).is_ok());
     let mut seen = std::collections::HashSet::new();
     all.retain(|&choice| seen.insert(choice));
@@ -152,7 +165,8 @@ const VECS: &[(u32, u32)] = &[(64, 4), (64, 8), (64, 16), (64, 32), (64, 64), (1
 /// The same where barriers are expensive: no shared sums, only more or fewer columns.
 const SOFTWARE_VECS: &[(u32, u32)] = &[(8, 1), (32, 1), (128, 1)];
 /// (tile_m, tile_n): at most the 256 lanes and 16 KiB that every device has.
-const TILES: &[(u32, u32)] = &[(16, 64), (16, 128), (32, 64), (32, 128), (64, 32), (64, 64), (128, 32)];
+const TILES: &[(u32, u32)] =
+    &[(16, 64), (16, 128), (32, 64), (32, 128), (64, 32), (64, 64), (64, 128), (128, 32), (128, 64)];
 /// Workgroup memory is memory there: the shape hardly matters.
 const SOFTWARE_TILES: &[(u32, u32)] = &[(16, 64), (32, 64), (64, 64)];
 /// Beside register tiles they take six to ten times as long (lavapipe, 128 tokens): one shows whether that holds.
@@ -177,7 +191,9 @@ pub fn choose(
     let rows_per_expert = rows_per_expert(top_k, num_experts, num_tokens);
     let tiles = match device.subgroup_size {
         Some(subgroup_size) if device.software => MatmulChoice::Subgroup { subgroup_size },
-        _ => MatmulChoice::Tiled { tile_m: rows_per_expert.next_power_of_two().clamp(16, 64), tile_n: 64 },
+        // Enough rows for eight in each lane (docs/performance.md: a prediction).
+        _ if rows_per_expert > 32 => MatmulChoice::TiledTall { tile_m: 64, tile_n: 64 },
+        _ => MatmulChoice::Tiled { tile_m: rows_per_expert.next_power_of_two().clamp(16, 32), tile_n: 64 },
     };
     match request.variant {
         Some(MatmulVariant::Vec) => vec(num_tokens, device),

@@ -1,0 +1,76 @@
+//! The table of docs/performance.md is what the plan computes.
+
+use std::fmt::Write as _;
+use wgmoe::bench::presets::Preset;
+use wgmoe::kernels::matmul::MatmulChoice;
+use wgmoe::plan::predict::{Footprint, Rates};
+use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, StageCost};
+use wgmoe::{MoeConfig, WeightFormat};
+
+/// Rates from public data sheets, or from widths and clocks where they say no more: workgroup memory is taken to give
+/// 128 bytes a clock to each core, compute unit or multiprocessor.
+const DEVICES: [(&str, Rates); 3] = [
+    // 96 execution units of 8 lanes at 1.3 GHz, LPDDR4X; 6 subslices
+    ("integrated (Xe-LP, 96 EU)", Rates { gflops: 2000.0, memory: 60.0, cache: 330.0, workgroup_memory: 1000.0 }),
+    // 10 cores of 128 lanes at 1.4 GHz
+    ("Apple M2, 10 cores", Rates { gflops: 3600.0, memory: 100.0, cache: 700.0, workgroup_memory: 1800.0 }),
+    // 46 multiprocessors of 128 lanes at 2.5 GHz
+    ("discrete (RTX 4070)", Rates { gflops: 29_000.0, memory: 504.0, cache: 2500.0, workgroup_memory: 14_700.0 }),
+];
+
+/// The stages of gate_up for such a batch, and the predicted fraction of the peak that the memory alone allows.
+fn gate_up(config: &MoeConfig, format: WeightFormat, tokens: u32) -> StageCost {
+    let plan = LayerPlan::new(config, format, &DeviceProfile::webgpu_floor(), &MatmulRequest::default());
+    let plan = plan.and_then(|layer| layer.plan(tokens)).expect("a preset has a plan");
+    *plan.stages.iter().find(|stage| stage.name == "gate_up").expect("every layer has it")
+}
+
+fn table() -> String {
+    let preset = Preset::find("qwen3-30b-a3b").expect("it is in the list");
+    let config = preset.config().expect("it is valid");
+    let vec = MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: false };
+    let [small, square, tall, wide] = [
+        MatmulChoice::Tiled { tile_m: 16, tile_n: 64 },
+        MatmulChoice::Tiled { tile_m: 64, tile_n: 64 },
+        MatmulChoice::TiledTall { tile_m: 64, tile_n: 64 },
+        MatmulChoice::TiledTall { tile_m: 128, tile_n: 64 },
+    ];
+    let mut table = "| tokens | weights | variant | registers | workgroup memory | FLOPs / requested byte |".to_owned();
+    for (name, _) in DEVICES {
+        let _ = write!(table, " {name} |");
+    }
+    table.push_str("\n| ---: | --- | --- | ---: | ---: | ---: |");
+    table.push_str(&" ---: |".repeat(DEVICES.len()));
+    for (tokens, choice) in [(1, vec), (256, small), (2048, square), (2048, tall), (2048, wide)] {
+        for format in [WeightFormat::F16, WeightFormat::INT4] {
+            let cost = gate_up(&config, format, tokens);
+            let rows = (tokens * config.top_k()).div_ceil(config.num_experts());
+            let footprint = Footprint::of(choice, format, config.hidden_size(), rows);
+            let _ = write!(
+                table,
+                "\n| {tokens} | {} | {} {} | {} | {} B | {:.1} |",
+                format.name(),
+                choice.label(),
+                choice.sizes(),
+                footprint.registers,
+                footprint.workgroup_bytes,
+                footprint.flops_per_requested_byte,
+            );
+            for (_, rates) in DEVICES {
+                let attainable = footprint.attainable(&rates, cost.flops, cost.bytes);
+                let roofline = rates.gflops.min(cost.flops as f64 / cost.bytes as f64 * rates.memory);
+                let _ = write!(table, " {:.0} GFLOP/s, {:.0} % |", attainable, 100.0 * attainable / roofline);
+            }
+        }
+    }
+    table.push('\n');
+    table
+}
+
+#[test]
+fn the_document_has_the_plans_predictions() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/performance.md");
+    let document = std::fs::read_to_string(path).expect("docs/performance.md is there");
+    let table = table();
+    assert!(document.contains(&table), "docs/performance.md should have this table:\n{table}");
+}
