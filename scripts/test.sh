@@ -130,6 +130,11 @@ fi
 
 step "unit, integration and doc tests" cargo test --release --no-fail-fast
 step "benches, each run once" cargo test --release --no-fail-fast --benches
+if command -v python3 >/dev/null; then
+    step "comparison with peers: self-test" python3 benches/peers/compare.py --self-test
+else
+    printf '\n=== comparison with peers: no python3, so its self-test is left out\n'
+fi
 step "example hello_moe" cargo run --release --quiet --example hello_moe
 step "example bring_your_own_device" cargo run --release --quiet --example bring_your_own_device
 for example in adaptive_mixture hierarchical_mixture switch_transformer gshard_turing mixture_of_denoisers; do
