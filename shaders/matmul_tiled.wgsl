@@ -50,6 +50,30 @@ fn grouped_matmul(group: u32, lane: u32) {
     store_rows(tile, first, params.first_column + column, sums);
 }
 
+// Sums of four rows; each vec4 is the lane's four columns.
+struct Rows4 { r0: vec4<f32>, r1: vec4<f32>, r2: vec4<f32>, r3: vec4<f32> }
+
+fn zero4() -> Rows4 {
+    let z = vec4<f32>(0.0);
+    return Rows4(z, z, z, z);
+}
+
+// The sums of the rows from `first` of the tile on, plus their inputs in place i of this round times the lane's weights.
+fn step4(sums: Rows4, first: u32, i: u32, w: mat4x4<f32>) -> Rows4 {
+    return Rows4(
+        step(sums.r0, tile_x[first * STRIDE + i], w),
+        step(sums.r1, tile_x[(first + 1u) * STRIDE + i], w),
+        step(sums.r2, tile_x[(first + 2u) * STRIDE + i], w),
+        step(sums.r3, tile_x[(first + 3u) * STRIDE + i], w));
+}
+
+fn store4(tile: Tile, first: u32, column: u32, sums: Rows4) {
+    store_row(tile, first, column, sums.r0);
+    store_row(tile, first + 1u, column, sums.r1);
+    store_row(tile, first + 2u, column, sums.r2);
+    store_row(tile, first + 3u, column, sums.r3);
+}
+
 fn store_row(tile: Tile, i: u32, column: u32, sums: vec4<f32>) {
     if i < tile.num_rows { store_sums(tile.expert, tile_row(tile, i), column, sums); }
 }
