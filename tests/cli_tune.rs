@@ -1,8 +1,11 @@
 //! `wgmoe tune` and what comes of it, from outside, on the adapter that the other tests run on.
 #![cfg(feature = "cli")]
 
+#[path = "support/command.rs"]
+mod command;
 mod support;
 
+use command::{assert_code, json, stderr, stdout, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -19,28 +22,6 @@ fn wgmoe(args: &[&str], cache: &Path, tuning: Option<&Path>) -> Output {
         command.env("WGMOE_TUNING", tuning);
     }
     command.output().expect("the binary should start")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-#[track_caller]
-fn assert_code(output: &Output, code: i32) {
-    assert_eq!(output.status.code(), Some(code), "stdout:\n{}\nstderr:\n{}", stdout(output), stderr(output));
-}
-
-#[track_caller]
-fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}:\n{}", stdout(output)))
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("test paths are UTF-8")
 }
 
 /// A tuning of the tiny layer at 40 tokens.

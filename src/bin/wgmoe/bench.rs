@@ -34,18 +34,8 @@ pub struct Args {
     /// Layer of a real model; other options change single sizes of it
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(presets::ALL.iter().map(|p| p.name)))]
     preset: Option<String>,
-    /// Width of a token
-    #[arg(long, value_name = "N")]
-    hidden: Option<u32>,
-    /// Inner width of one expert
-    #[arg(long, value_name = "N")]
-    intermediate: Option<u32>,
-    /// Experts in the layer
-    #[arg(long, value_name = "N")]
-    experts: Option<u32>,
-    /// Experts for each token
-    #[arg(long, value_name = "N")]
-    top_k: Option<u32>,
+    #[command(flatten)]
+    sizes: crate::Sizes,
     /// Batch sizes
     #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     tokens: Vec<u32>,
@@ -200,18 +190,9 @@ fn check(args: &Args) -> anyhow::Result<()> {
 }
 
 impl Args {
-    fn has_sizes(&self) -> bool {
-        [self.hidden, self.intermediate, self.experts, self.top_k].iter().any(Option::is_some)
-    }
-
     /// The preset, or the small one, with the sizes that were given.
     fn chosen_preset(&self) -> Preset {
-        let mut preset = self.preset.as_deref().and_then(Preset::find).unwrap_or(presets::SMALL);
-        preset.hidden_size = self.hidden.unwrap_or(preset.hidden_size);
-        preset.intermediate_size = self.intermediate.unwrap_or(preset.intermediate_size);
-        preset.num_experts = self.experts.unwrap_or(preset.num_experts);
-        preset.top_k = self.top_k.unwrap_or(preset.top_k);
-        preset
+        self.sizes.of(self.preset.as_deref())
     }
 }
 
@@ -226,9 +207,9 @@ impl Job {
 /// What to time: what was asked for, or what suits the device and fits the memory.
 fn jobs(args: &Args, context: &wgmoe::Context) -> anyhow::Result<Vec<Job>> {
     let tokens = |default: &[u32]| if args.tokens.is_empty() { default.to_vec() } else { args.tokens.clone() };
-    if args.preset.is_some() || args.has_sizes() {
+    if args.preset.is_some() || args.sizes.any() {
         let preset = args.chosen_preset();
-        let changed = if args.has_sizes() { " (changed)" } else { "" };
+        let changed = if args.sizes.any() { " (changed)" } else { "" };
         let name = args.preset.as_ref().map(|name| format!("{name}{changed}"));
         return Ok(vec![Job { name, preset, tokens: tokens(DEFAULT_TOKENS) }]);
     }

@@ -24,6 +24,7 @@ use clap::{Parser, Subcommand};
 use output::Output;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use wgmoe::bench::presets::{self, Preset};
 use wgmoe::{Context, DeviceChoice, GpuMemory, LayerOptions, MatmulVariant, WeightFormat};
 
 /// Environment variable that chooses a device where `--device` does not.
@@ -189,6 +190,40 @@ fn matmul_variant(text: &str) -> Result<Matmul, String> {
 /// A choice of matmul. A type of its own, because clap reads a bare `Option` as "may be absent".
 #[derive(Clone, Copy, Debug)]
 struct Matmul(Option<MatmulVariant>);
+
+/// Sizes of a layer.
+#[derive(clap::Args, Clone, Debug)]
+struct Sizes {
+    /// Width of a token
+    #[arg(long, value_name = "N")]
+    hidden: Option<u32>,
+    /// Inner width of one expert
+    #[arg(long, value_name = "N")]
+    intermediate: Option<u32>,
+    /// Experts in the layer
+    #[arg(long, value_name = "N")]
+    experts: Option<u32>,
+    /// Experts for each token
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+}
+
+impl Sizes {
+    /// One was given.
+    fn any(&self) -> bool {
+        [self.hidden, self.intermediate, self.experts, self.top_k].iter().any(Option::is_some)
+    }
+
+    /// The preset of that name, or the small one, with the sizes that were given.
+    fn of(&self, preset: Option<&str>) -> Preset {
+        let mut preset = preset.and_then(Preset::find).unwrap_or(presets::SMALL);
+        preset.hidden_size = self.hidden.unwrap_or(preset.hidden_size);
+        preset.intermediate_size = self.intermediate.unwrap_or(preset.intermediate_size);
+        preset.num_experts = self.experts.unwrap_or(preset.num_experts);
+        preset.top_k = self.top_k.unwrap_or(preset.top_k);
+        preset
+    }
+}
 
 /// Options for layers that are larger than the device.
 #[derive(clap::Args, Clone, Debug)]

@@ -32,18 +32,8 @@ pub struct Args {
     /// to load quickly is measured with fewer experts, of which each token chooses as many fewer
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(presets::ALL.iter().map(|p| p.name)))]
     preset: Option<String>,
-    /// Width of a token
-    #[arg(long, value_name = "N")]
-    hidden: Option<u32>,
-    /// Inner width of one expert
-    #[arg(long, value_name = "N")]
-    intermediate: Option<u32>,
-    /// Experts in the layer
-    #[arg(long, value_name = "N")]
-    experts: Option<u32>,
-    /// Experts for each token
-    #[arg(long, value_name = "N")]
-    top_k: Option<u32>,
+    #[command(flatten)]
+    sizes: crate::Sizes,
     /// Batch sizes [default: 1,4,16,64,128,512]
     #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     tokens: Vec<u32>,
@@ -148,18 +138,13 @@ fn check(args: &Args) -> anyhow::Result<()> {
 impl Args {
     /// The layer that was asked for, if one was.
     fn chosen(&self) -> Option<[Preset; 1]> {
-        let sizes = [self.hidden, self.intermediate, self.experts, self.top_k];
-        if self.preset.is_none() && sizes.iter().all(Option::is_none) {
+        if self.preset.is_none() && !self.sizes.any() {
             return None;
         }
-        let mut preset = self.preset.as_deref().and_then(Preset::find).unwrap_or(presets::SMALL);
-        if sizes.iter().any(Option::is_some) {
+        let mut preset = self.sizes.of(self.preset.as_deref());
+        if self.sizes.any() {
             preset.name = "sizes of your own";
         }
-        preset.hidden_size = self.hidden.unwrap_or(preset.hidden_size);
-        preset.intermediate_size = self.intermediate.unwrap_or(preset.intermediate_size);
-        preset.num_experts = self.experts.unwrap_or(preset.num_experts);
-        preset.top_k = self.top_k.unwrap_or(preset.top_k);
         Some([preset])
     }
 }
