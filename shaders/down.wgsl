@@ -7,7 +7,7 @@
 // CPU twin   src/reference/down.rs
 // Mapping    that of the grouped matmul concatenated to it (matmul_*.wgsl). This file says what the rows of its
 //            input are and what happens to its sums
-// Grid       [num_tile_slots * num_column_tiles], folded; one dispatch per weight page
+// Grid       [num_tile_slots * num_column_tiles], folded, or fewer (tile_after_tile); one dispatch per weight page
 // Requires   out_stride a multiple of 4
 // Numerics   f32 sums, inputs ascending
 
@@ -29,5 +29,5 @@ fn down(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    grouped_matmul(flat_group(group, groups), lane);
+    multiply_tiles(flat_group(group, groups), groups.x * groups.y, lane);
 }

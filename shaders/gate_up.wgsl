@@ -7,7 +7,7 @@
 // CPU twin   src/reference/gate_up.rs
 // Mapping    that of the grouped matmul concatenated to it (matmul_*.wgsl). This file says what the rows of its
 //            input are and what happens to its sums
-// Grid       [num_tile_slots * num_column_tiles], folded; one dispatch per weight page
+// Grid       [num_tile_slots * num_column_tiles], folded, or fewer (tile_after_tile); one dispatch per weight page
 // Requires   with a gate, packed columns interleave: 2*i is gate_proj row i, 2*i+1 is up_proj row i
 // Numerics   f32 sums, inputs ascending; x is gathered while loading and the result is written once
 
@@ -29,5 +29,5 @@ fn gate_up(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    grouped_matmul(flat_group(group, groups), lane);
+    multiply_tiles(flat_group(group, groups), groups.x * groups.y, lane);
 }

@@ -14,6 +14,10 @@ fn find_tile(slot: u32) -> Tile {
     return Tile(expert, expert * params.num_assignments + first, min(params.tile_m, params.num_assignments - first));
 }
 
+fn due_slots() -> vec2<u32> {
+    return vec2<u32>(0u, params.num_tile_slots);
+}
+
 // Row i of the tile; past its end the last row again, so that every lane has something to read.
 fn tile_row(tile: Tile, i: u32) -> u32 {
     return tile.first_row + min(i, tile.num_rows - 1u);

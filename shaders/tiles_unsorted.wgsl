@@ -32,6 +32,10 @@ fn find_tile(slot: u32) -> Tile {
     return Tile(expert, num_rows, rows);
 }
 
+fn due_slots() -> vec2<u32> {
+    return vec2<u32>(0u, params.num_tile_slots);
+}
+
 fn tile_row(tile: Tile, i: u32) -> u32 {
     return tile.rows[i];
 }

@@ -1,7 +1,7 @@
 //! The table of docs/performance.md is what the plan computes.
 
 use std::fmt::Write as _;
-use wgmoe::bench::presets::Preset;
+use wgmoe::bench::presets::{self, Preset};
 use wgmoe::kernels::matmul::MatmulChoice;
 use wgmoe::plan::predict::{Footprint, Rates};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, StageCost};
@@ -73,4 +73,38 @@ fn the_document_has_the_plans_predictions() {
     let document = std::fs::read_to_string(path).expect("docs/performance.md is there");
     let table = table();
     assert!(document.contains(&table), "docs/performance.md should have this table:\n{table}");
+}
+
+/// Workgroups that a large GPU has to have for all of its cores to be busy, and bytes below which it would not matter: 16 MiB
+/// are 5 us at 3.3 TB/s.
+const MANY_WORKGROUPS: u64 = 256;
+const FEW_BYTES: u64 = 16 << 20;
+
+/// The reason why sums are not split across workgroups (docs/adr/0020).
+#[test]
+fn few_tokens_fill_a_gpu() {
+    let device = DeviceProfile { max_storage_binding: 1 << 32, max_buffer: 1 << 32, ..DeviceProfile::webgpu_floor() };
+    for preset in presets::ALL {
+        let config = preset.config().expect("it is valid");
+        let layer = LayerPlan::new(&config, WeightFormat::F16, &device, &MatmulRequest::default()).expect("it fits");
+        for tokens in [1, 4, 16] {
+            let plan = layer.plan(tokens).expect("a preset has a plan");
+            for stage in &plan.stages {
+                let dispatches = || plan.dispatches.iter().filter(|dispatch| dispatch.name == stage.name);
+                if !matches!(stage.name, "gate_up" | "down" | "down_combine") {
+                    continue;
+                }
+                // Pages follow each other.
+                let workgroups = |dispatch: &wgmoe::plan::Dispatch| dispatch.grid.into_iter().map(u64::from).product();
+                let fewest: u64 = dispatches().map(workgroups).min().expect("the stage runs");
+                assert!(
+                    fewest >= MANY_WORKGROUPS || stage.bytes < FEW_BYTES,
+                    "{}: {} of {tokens} tokens has {fewest} workgroups for {} bytes",
+                    preset.name,
+                    stage.name,
+                    stage.bytes
+                );
+            }
+        }
+    }
 }

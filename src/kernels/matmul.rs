@@ -160,6 +160,11 @@ impl MatmulChoice {
         matches!(self, MatmulChoice::Subgroup { .. } | MatmulChoice::VecSubgroup { .. })
     }
 
+    /// Whether a workgroup takes one tile after the other: what software drivers run, and no barriers are in the way.
+    pub fn walks(self) -> bool {
+        self.needs_subgroups()
+    }
+
     /// Workgroup memory of its kernels, in bytes: `tile_x` and `tile_w` of `shaders/matmul_tiled.wgsl`, or the sums of
     /// `shaders/reduce.wgsl`.
     pub fn workgroup_bytes(self) -> u64 {
@@ -237,6 +242,9 @@ impl MatmulChoice {
             }
             MatmulChoice::Vec { .. } => parts.extend([wgsl!("reduce"), wgsl!("matmul_vec")]),
             MatmulChoice::VecSubgroup { .. } => parts.push(wgsl!("matmul_vec_subgroup")),
+        }
+        if stage != Stage::DownCombine {
+            parts.push(if self.walks() { wgsl!("tile_after_tile") } else { wgsl!("one_tile") });
         }
         parts.extend(own);
 

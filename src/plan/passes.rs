@@ -19,6 +19,9 @@ use std::ops::Range;
 /// Multiply-adds of a router from which on a dispatch of their own pays.
 const MANY_PRODUCTS: u64 = 1 << 22;
 
+/// Workgroups of a matmul on software drivers, at least: some 16 for each of 4 threads.
+const WALKERS: u64 = 64;
+
 /// Down and combine are one dispatch: for a single token, whose rows nothing but their weighted sum is made of, where there
 /// is enough to do for all of the device although choices follow each other.
 pub(super) fn fuses_combine(plan: &LayerPlan, choice: MatmulChoice, num_tokens: u32, kind: PassKind) -> bool {
@@ -79,6 +82,21 @@ struct Product {
     choice: MatmulChoice,
     /// Rows of one expert, for dense tiles.
     dense_experts: Option<u32>,
+}
+
+/// Workgroups that between them take all `tiles`, one after the other: enough that those on other threads do not wait for
+/// the last one, and so many that none comes near the rounds that software drivers allow: two for each vec4 of inputs, and,
+/// without a sort, two for each assignment.
+fn walkers(tiles: u64, choice: MatmulChoice, params: &MatmulParams) -> Result<u64> {
+    let scan = if choice.sorted() { 0 } else { params.num_assignments };
+    let rounds = 2 * u64::from(params.k4) + 2 * u64::from(scan) + 64;
+    let most = (super::MAX_ROUNDS / rounds).max(1);
+    let walkers = tiles.min(WALKERS.max(tiles.div_ceil(most)));
+    // The number after a walker's last tile has to fit a u32, too.
+    if tiles + walkers > u32::MAX.into() {
+        return Err(over_limit("tiles of one dispatch", tiles, u64::from(u32::MAX) - walkers));
+    }
+    Ok(walkers)
 }
 
 /// All dispatches of a pass.
@@ -526,7 +544,9 @@ impl Builder<'_> {
             };
             // A workgroup of the fused kernel goes through all slots.
             let slots = if kernel.stage == Stage::DownCombine { 1 } else { num_tile_slots };
-            let workgroups = u64::from(slots) * u64::from(num_column_tiles);
+            let tiles = u64::from(slots) * u64::from(num_column_tiles);
+            let walks = plan.device.software && kernel.stage != Stage::DownCombine && p.choice.walks();
+            let workgroups = if walks { walkers(tiles, p.choice, &uniform)? } else { tiles };
             let grid = grid::fold(workgroups, plan.device.max_workgroups_per_dimension)?;
             let mut buffers = buffers.to_vec();
             buffers.push(("weights", p.weights));
