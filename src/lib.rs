@@ -18,14 +18,12 @@
 //! # Example
 //!
 //! ```
-//! use wgmoe::{Activation, Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights, Routing};
+//! use wgmoe::{Context, DeviceChoice, MoeConfig, MoeLayer, MoeWeights};
 //!
-//! let routing = Routing::softmax(true);
-//! let config = MoeConfig::new(64, 32, 8, 2, routing, Activation::SWIGLU)?; // hidden, intermediate, experts, top-k
+//! let config = MoeConfig::builder(64, 32).num_experts(8).top_k(2).build()?; // hidden, intermediate
 //! let numbers = |len: usize| (0..len).map(|n| (n * 7919 % 1009) as f32 / 504.5 - 1.0).collect::<Vec<f32>>();
 //! let weights = MoeWeights {
 //!     router: numbers(8 * 64),         // [experts, hidden]
-//!     router_bias: None,
 //!     gate_proj: numbers(8 * 32 * 64), // [experts, intermediate, hidden]
 //!     up_proj: numbers(8 * 32 * 64),
 //!     down_proj: numbers(8 * 64 * 32), // [experts, hidden, intermediate]
@@ -35,7 +33,6 @@
 //! let layer = MoeLayer::new(&context, config, &weights)?;
 //! let y = layer.forward(&numbers(16 * 64))?; // sixteen tokens
 //! assert_eq!(y.len(), 16 * 64);
-//! println!("{:?}", layer.routing()?.tokens_per_expert);
 //! # Ok::<(), wgmoe::Error>(())
 //! ```
 //!
@@ -97,7 +94,7 @@ pub use layer::{GpuMemory, LayerOptions, MoeLayer};
 pub use model::activation::{Activation, Form, Function};
 pub use model::batch::{Batch, Front};
 pub use model::checkpoint::{Checkpoint, LayerSource, LoadedLayer};
-pub use model::config::{LayerExtras, MoeConfig, Norm, SharedExperts, SharedGate, SpecialKind};
+pub use model::config::{LayerExtras, MoeConfig, MoeConfigBuilder, Norm, SharedExperts, SharedGate, SpecialKind};
 pub use model::family::Family;
 pub use model::formats::{IntGroups, LayerFormats, WeightFormat};
 pub use model::routing::{

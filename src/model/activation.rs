@@ -57,7 +57,8 @@ impl Function {
 }
 
 /// How the projections of an expert meet. One WGSL file each (`shaders/activation_*.wgsl`).
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Form {
     /// `f(up)`: no gate, two matrices.
@@ -93,7 +94,8 @@ pub enum Form {
 }
 
 /// What an expert does between its two projections: a form and its function.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Activation {
     /// How gate and up meet.
     pub form: Form,

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::model::activation::{Activation, Form};
 use crate::model::routing::{Routing, Scores, Selection};
+use serde::{Deserialize, Serialize};
 
 /// Most experts in a layer. The router keeps one counter for each in workgroup memory.
 pub const MAX_EXPERTS: u32 = 1024;
@@ -13,8 +14,10 @@ pub const MAX_SHARED: u32 = 32;
 /// Largest hidden or intermediate size: several times that of any published layer.
 pub const MAX_SIZE: u32 = 1 << 17;
 
-/// A layer's sizes and semantics. Every value of this type describes a layer that can exist.
-#[derive(Clone, Debug, PartialEq)]
+/// A layer's sizes and semantics. Every value of this type describes a layer that can exist, also one that was
+/// deserialised: fields have the names of its methods, `routing` and `activation` default to a renormalised softmax and SwiGLU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Unchecked")]
 pub struct MoeConfig {
     hidden_size: u32,
     intermediate_size: u32,
@@ -36,7 +39,8 @@ pub struct MoeConfig {
 /// routed         their weighted sum, projected back to hidden_size, normed (routed_norm), times routed_scale
 /// y              routed, plus the shared experts on x, plus a bias, normed (output_norm)
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct LayerExtras {
     /// The last of the `num_experts` that a token can choose have no weights.
     pub special_experts: u32,
@@ -78,7 +82,7 @@ impl Default for LayerExtras {
 }
 
 /// What an expert without weights does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SpecialKind {
     /// Returns its input (LongCat's zero-computation experts).
@@ -89,7 +93,8 @@ pub enum SpecialKind {
 }
 
 /// Division by the root mean square, `v / sqrt(mean(v^2) + epsilon) * weight`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Norm {
     /// Added to the mean square.
     pub epsilon: f32,
@@ -98,7 +103,8 @@ pub struct Norm {
 }
 
 /// Experts that every token uses, all of one width.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SharedExperts {
     /// How many. Several that share one gate, or have none, are the same as one wide one.
     pub num: u32,
@@ -113,7 +119,7 @@ pub struct SharedExperts {
 }
 
 /// How shared experts are weighted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SharedGate {
     /// By 1.
@@ -127,7 +133,107 @@ pub enum SharedGate {
     Mix,
 }
 
+/// A [`MoeConfig`] before it is checked: what deserialisation and the builder fill in.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unchecked {
+    hidden_size: u32,
+    intermediate_size: u32,
+    num_experts: u32,
+    top_k: u32,
+    #[serde(default = "usual_routing")]
+    routing: Routing,
+    #[serde(default)]
+    activation: Activation,
+    #[serde(default)]
+    extras: LayerExtras,
+}
+
+fn usual_routing() -> Routing {
+    Routing::softmax(true)
+}
+
+impl TryFrom<Unchecked> for MoeConfig {
+    type Error = Error;
+
+    fn try_from(c: Unchecked) -> Result<Self> {
+        Self::new(c.hidden_size, c.intermediate_size, c.num_experts, c.top_k, c.routing, c.activation)?
+            .with_extras(c.extras)
+    }
+}
+
+/// Sizes and semantics by name; see [`MoeConfig::builder`].
+#[derive(Clone, Debug)]
+#[must_use = "nothing is checked before build"]
+pub struct MoeConfigBuilder(Unchecked);
+
+impl MoeConfigBuilder {
+    /// Experts that a token can choose, 1 to 1024.
+    pub fn num_experts(mut self, num_experts: u32) -> Self {
+        self.0.num_experts = num_experts;
+        self
+    }
+
+    /// Experts for each token, 1 to 32.
+    pub fn top_k(mut self, top_k: u32) -> Self {
+        self.0.top_k = top_k;
+        self
+    }
+
+    /// How choices are made and weighted. Without it: softmax over all experts, divided by the sum of the chosen ones.
+    pub fn routing(mut self, routing: Routing) -> Self {
+        self.0.routing = routing;
+        self
+    }
+
+    /// What an expert does between its projections. Without it: SwiGLU.
+    pub fn activation(mut self, activation: Activation) -> Self {
+        self.0.activation = activation;
+        self
+    }
+
+    /// Experts that every token uses.
+    pub fn shared(mut self, shared: SharedExperts) -> Self {
+        self.0.extras.shared = Some(shared);
+        self
+    }
+
+    /// All that surrounds the experts; replaces what [`MoeConfigBuilder::shared`] said.
+    pub fn extras(mut self, extras: LayerExtras) -> Self {
+        self.0.extras = extras;
+        self
+    }
+
+    /// Checks all of it.
+    ///
+    /// # Errors
+    /// Those of [`MoeConfig::new`] and [`MoeConfig::with_extras`].
+    pub fn build(self) -> Result<MoeConfig> {
+        self.0.try_into()
+    }
+}
+
 impl MoeConfig {
+    /// A layer by name, one expert with the usual router and activation until something else is said.
+    ///
+    /// ```
+    /// use wgmoe::{MoeConfig, Routing};
+    /// let config = MoeConfig::builder(2048, 768).num_experts(128).top_k(8).routing(Routing::softmax(true)).build()?;
+    /// assert_eq!(config.top_k(), 8);
+    /// # Ok::<(), wgmoe::Error>(())
+    /// ```
+    pub fn builder(hidden_size: u32, intermediate_size: u32) -> MoeConfigBuilder {
+        MoeConfigBuilder(Unchecked {
+            hidden_size,
+            intermediate_size,
+            num_experts: 1,
+            top_k: 1,
+            routing: usual_routing(),
+            activation: Activation::default(),
+            extras: LayerExtras::default(),
+        })
+    }
+
     /// Checks the sizes: each at least 1, `hidden_size` and `intermediate_size` at most 2^17,
     /// `num_experts` at most 1024, `top_k` at most `min(num_experts, 32)` unless all experts are chosen.
     /// Checks that `routing` fits them.
@@ -277,4 +383,46 @@ fn check_activation(field: &'static str, activation: Activation) -> Result<()> {
         Form::SoftCapped { gate, up } => positive(&[gate, up]),
     };
     if fits { Ok(()) } else { Err(Error::config(field, format!("{:?}", activation.form), "positive numbers")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer() -> MoeConfig {
+        let shared = SharedExperts {
+            num: 1,
+            intermediate_size: 24,
+            activation: Activation::SWIGLU,
+            gate: SharedGate::Sigmoid,
+            average: false,
+        };
+        MoeConfig::builder(64, 32).num_experts(8).top_k(2).shared(shared).build().expect("valid")
+    }
+
+    #[test]
+    fn json_keeps_a_layer() {
+        let json = serde_json::to_string(&layer()).expect("no maps with odd keys");
+        assert_eq!(serde_json::from_str::<MoeConfig>(&json).expect("just written"), layer());
+    }
+
+    #[test]
+    fn defaults_need_not_be_written() {
+        let short = r#"{"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "top_k": 2}"#;
+        let config = MoeConfig::new(64, 32, 8, 2, Routing::softmax(true), Activation::SWIGLU).expect("valid");
+        assert_eq!(serde_json::from_str::<MoeConfig>(short).expect("complete"), config);
+        assert_eq!(MoeConfig::builder(64, 32).num_experts(8).top_k(2).build().expect("valid"), config);
+    }
+
+    #[test]
+    fn no_way_around_the_checks() {
+        let refused = |json: &str| serde_json::from_str::<MoeConfig>(json).expect_err("not a layer").to_string();
+        let too_many = r#"{"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "top_k": 9}"#;
+        assert!(refused(too_many).contains("top_k"), "{}", refused(too_many));
+        let misspelt = r#"{"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "topk": 2}"#;
+        assert!(refused(misspelt).contains("topk"), "{}", refused(misspelt));
+        let shared = SharedExperts { num: 0, ..layer().extras().shared.expect("it has some") };
+        let error = MoeConfig::builder(64, 32).shared(shared).build().expect_err("no experts");
+        assert!(error.to_string().contains("shared.num"), "{error}");
+    }
 }

@@ -118,7 +118,8 @@ pub enum Masked {
 }
 
 /// Experts in equal runs, of which a token may only use the best few.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Groups {
     /// Groups; divides `num_experts`.
     pub num_groups: u32,
@@ -131,7 +132,8 @@ pub struct Groups {
 }
 
 /// Dividing a token's weights by their norm: `w / max(norm + epsilon, floor)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Renormalize {
     /// 1: the sum of absolute values. 2: their Euclidean norm. And so on.
     pub p: f32,
@@ -148,7 +150,8 @@ impl Default for Renormalize {
 }
 
 /// How many assignments an expert takes.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CapacityLimit {
     /// This many.
     Number(u32),
@@ -178,7 +181,8 @@ pub enum Priority {
 }
 
 /// A bound on the assignments of each expert; those beyond it are dropped.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Capacity {
     /// How many.
     pub limit: CapacityLimit,
@@ -216,7 +220,8 @@ impl Capacity {
 
 /// Randomness of a router, which is there for training: without a seed in the [`Batch`](crate::Batch) nothing of it
 /// happens.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Noise {
     /// None.
@@ -235,7 +240,8 @@ pub enum Noise {
 }
 
 /// Everything about who computes for a token, and with which weight. See the [module](self) for the order of things.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Routing {
     /// How logits become scores.
     pub scores: Scores,
@@ -389,7 +395,7 @@ impl Routing {
 }
 
 /// Who got which expert in a pass. Index vectors are row-major.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoutingDecision {
     /// Tokens of the pass.
     pub num_tokens: usize,
