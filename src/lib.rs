@@ -85,6 +85,7 @@ pub mod layer;
 pub mod model;
 pub mod plan;
 pub mod reference;
+pub mod trace;
 pub mod tune;
 
 pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
@@ -107,5 +108,6 @@ pub use model::routing::{
 pub use model::statistics::Statistics;
 pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};
 pub use plan::Plan;
+pub use trace::{Trace, TraceLayer};
 pub use tune::Tuning;
 pub use wgpu;
