@@ -80,6 +80,7 @@ pub mod cpu;
 pub mod error;
 pub mod golden;
 pub mod gpu;
+pub mod inspect;
 pub mod kernels;
 pub mod layer;
 pub mod model;

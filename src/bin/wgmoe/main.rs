@@ -13,6 +13,8 @@ mod bench_table;
 mod check;
 mod families;
 mod info;
+mod inspect;
+mod inspect_view;
 mod output;
 mod quantize;
 mod run;
@@ -63,6 +65,7 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Families(families::Args),
+    Inspect(inspect::Args),
     Quantize(quantize::Args),
     Run(run::Args),
     Shader(shader::Args),
@@ -115,6 +118,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
         Command::Families(args) => families::execute(args, output),
+        Command::Inspect(args) => inspect::execute(args, device()?, output),
         Command::Quantize(args) => quantize::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
