@@ -78,6 +78,7 @@ pub mod check;
 pub mod context;
 pub mod cpu;
 pub mod error;
+pub mod forecast;
 pub mod golden;
 pub mod gpu;
 pub mod inspect;

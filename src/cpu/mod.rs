@@ -31,6 +31,7 @@ mod statistics;
 mod widen;
 mod words;
 
+pub(crate) use load::weight_bytes;
 pub use roofline::{Roofline, roofline};
 pub(crate) use roofline::{dense_matmul, rows_times_rows};
 pub use statistics::statistics;
