@@ -161,7 +161,8 @@ fn expert_lines(inspection: &Inspection, layer: &LayerInspection) -> String {
 }
 
 fn percent_signed(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
+    let text = format!("{:.1} %", 100.0 * share);
+    if text == "-0.0 %" { "0.0 %".to_owned() } else { text }
 }
 
 /// Tokens of an expert: texts and how often they are there, most frequent first; or numbers, largest weight first.
@@ -392,6 +393,7 @@ mod tests {
         assert_eq!([0.0, 0.1, 4.0, 8.0].map(|v| shade(v, 8.0)), [' ', '░', '▒', '█']);
         assert_eq!((bar(0.0, 0.0), level(0.0, 0.0)), (String::new(), ' '));
         assert_eq!(sparkline(&[0, 1, 2]), " ▄█");
+        assert_eq!([-1e-6, -0.02, 0.5].map(percent_signed), ["0.0 %", "-2.0 %", "50.0 %"]);
     }
 
     #[test]

@@ -177,13 +177,14 @@ fn shape(forecast: &Forecast, facts: &DeviceFacts) -> String {
     if facts.cpu_engine {
         return String::new();
     }
+    let widened = forecast.all_limits && facts.profile(true) != facts.profile(false);
     format!(
         "; {}, {}, matmul {}, experts in {}{}",
         count(forecast.passes, "pass", "passes"),
         count(forecast.dispatches, "dispatch", "dispatches"),
         forecast.matmul,
         count(forecast.pages, "page", "pages"),
-        if forecast.all_limits { ", opened with all limits" } else { "" },
+        if widened { ", opened with all limits" } else { "" },
     )
 }
 
@@ -201,7 +202,7 @@ fn bytes(forecast: &Forecast, facts: &DeviceFacts) -> String {
     }
     match facts.memory_bytes {
         Some(available) => text.push_str(&format!("; there are {}\n", HumanBytes(available))),
-        None => text.push_str("; how much there is, nobody tells\n"),
+        None => text.push_str("; how much the device has is not known\n"),
     }
     text
 }
