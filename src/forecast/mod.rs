@@ -3,7 +3,7 @@
 //!
 //! Bytes and dispatches come from the plan that the layer itself runs by, so they are exact. Time is a roofline: each stage
 //! takes as long as its arithmetic, its memory traffic, or what it took on this very device in a small layer
-//! ([`measure`]), scaled by its work; the longest counts.
+//! ([`measure()`]), scaled by its work; the longest counts.
 
 mod facts;
 mod measure;
@@ -380,9 +380,9 @@ pub fn fit(
     ways.extend(
         fitting.filter(|&(_, bytes)| is_enough(bytes)).take(3).map(|(format, bytes)| Way::Weights(format, bytes)),
     );
-    let fewer = std::iter::successors(Some(tokens / 2), |tokens| Some(tokens / 2)).take_while(|&tokens| tokens > 0);
+    let mut fewer = std::iter::successors(Some(tokens / 2), |tokens| Some(tokens / 2)).take_while(|&tokens| tokens > 0);
     let enough = |&tokens: &u32| total(weights, tokens, gpu_memory).is_some_and(is_enough);
-    ways.extend(fewer.into_iter().find(enough).map(Way::Tokens));
+    ways.extend(fewer.find(enough).map(Way::Tokens));
     if let (Some(available), false, None) = (available, facts.cpu_engine, gpu_memory) {
         ways.extend(residency(facts, config, weights, tokens, available));
     }

@@ -124,7 +124,9 @@ fn products(a: &[Vec<f32>], b: &[Vec<f32>]) -> Vec<Vec<f64>> {
     let mut sums = vec![vec![0.0; n]; m];
     let len = a.first().map_or(0, Vec::len);
     let part = |vectors: &[Vec<f32>], at: std::ops::Range<usize>| -> Vec<f32> {
-        vectors.iter().flat_map(|vector| vector[at.clone()].iter().copied()).collect()
+        let mut part = Vec::with_capacity(vectors.len() * at.len());
+        vectors.iter().for_each(|vector| part.extend_from_slice(&vector[at.clone()]));
+        part
     };
     for start in (0..len).step_by(BLOCK) {
         let at = start..(start + BLOCK).min(len);
