@@ -40,10 +40,11 @@ fn a_layer_that_fits_has_bytes_stages_and_a_time() {
     let report = json(&output);
     let [one, many] = &report["batches"].as_array().expect("batches")[..] else { panic!("{report}") };
     for batch in [one, many] {
+        assert_eq!(batch["fit"]["fits"], true);
+        let batch = &batch["forecast"];
         // 3 x 2048 x 768 weights of 128 experts in half a byte and a scale of four bytes for each 32.
         let weights = 3.0 * 2048.0 * 768.0 * 128.0 * (0.5 + 4.0 / 32.0);
         assert!(number(&batch["bytes"]["weights"]) >= weights && number(&batch["bytes"]["weights"]) < 1.01 * weights);
-        assert_eq!(batch["fit"]["fits"], true);
         let stages = batch["stages"].as_array().expect("stages");
         let sum: f64 = stages.iter().map(|stage| number(&stage["seconds"])).sum();
         assert!((number(&batch["seconds"]) / sum - 1.0).abs() < 1e-9, "{batch}");
@@ -53,7 +54,7 @@ fn a_layer_that_fits_has_bytes_stages_and_a_time() {
         let bytes = &batch["bytes"];
         assert_eq!(listed, number(&bytes["weights"]) + number(&bytes["scratch"]) + number(&bytes["input_output"]));
     }
-    assert!(number(&many["seconds"]) > number(&one["seconds"]));
+    assert!(number(&many["forecast"]["seconds"]) > number(&one["forecast"]["seconds"]));
     assert!(stderr(&output).contains("predicted"), "{}", stderr(&output));
 }
 
@@ -87,7 +88,7 @@ fn this_device_is_measured_and_saved_for_others() {
     let elsewhere = plan(&[&sizes[..], &["--device", text(&file), "--json", "-"]].concat());
     assert_code(&elsewhere, 0);
     let report = json(&elsewhere);
-    let batch = &report["batches"][0];
+    let batch = &report["batches"][0]["forecast"];
     assert!(number(&batch["seconds"]) > 0.0 && batch["dispatches"] == 0, "{batch}");
     let stages: Vec<&str> =
         batch["stages"].as_array().expect("stages").iter().filter_map(|s| s["stage"].as_str()).collect();

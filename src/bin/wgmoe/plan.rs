@@ -65,7 +65,7 @@ struct Report {
 struct Batch {
     tokens: u32,
     /// `None`: not even the limits suffice.
-    #[serde(flatten)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     forecast: Option<Forecast>,
     fit: Fit,
 }
