@@ -77,7 +77,7 @@ fn layer(inspection: &Inspection, layer: &LayerInspection) -> String {
     text.push_str(&ranks(&layer.weights_by_rank));
     if let Some(what_if) = &layer.capacity {
         text.push_str(&format!(
-            "capacity       at {} x the mean, {} each, {} ({}) are dropped, {} lose all experts; none from {} x on\n",
+            "capacity       {} x the mean, {} each: {} ({}) dropped, {} lose all; none from {} x on\n",
             number(what_if.factor),
             what_if.capacity,
             count(what_if.dropped as usize, "assignment"),
