@@ -251,10 +251,10 @@ fn maps(layer: &LayerInspection) -> String {
         format!("together, darkest: {most}"),
         number(alike)
     );
-    for a in 0..experts {
+    for (a, together) in together.iter().enumerate() {
         let mut cells = [String::new(), String::new()];
-        for b in 0..experts {
-            let shades = [shade(together[a][b].into(), most.into()), cosine(a, b).map_or(' ', |c| shade(c, alike))];
+        for (b, &tokens) in together.iter().enumerate() {
+            let shades = [shade(tokens.into(), most.into()), cosine(a, b).map_or(' ', |c| shade(c, alike))];
             for (cells, shade) in cells.iter_mut().zip(shades) {
                 cells.extend(if a == b { ['·'; 2] } else { [shade; 2] });
             }
