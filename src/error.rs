@@ -186,6 +186,21 @@ pub enum Error {
         /// What it should be.
         expected: String,
     },
+    /// A trace of routing that cannot be used.
+    #[error(
+        "{path}: {what} is {found}, expected {expected}; `wgmoe inspect --save-trace` makes a trace",
+        path = path.display()
+    )]
+    BadTrace {
+        /// The file.
+        path: PathBuf,
+        /// What of it.
+        what: String,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
     /// A family description that cannot be used.
     #[error("{path}: {message}", path = path.display())]
     BadFamily {

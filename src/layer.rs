@@ -15,7 +15,7 @@ use crate::model::routing::RoutingDecision;
 use crate::model::source::{ExpertSource, HostSource};
 use crate::model::statistics::Statistics;
 use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors};
-use crate::plan::{DeviceProfile, LayerPlan, MatmulRequest, Plan, TunedChoices};
+use crate::plan::{DeviceBytes, DeviceProfile, LayerPlan, MatmulRequest, Plan, TunedChoices};
 use crate::tune::Tuning;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -218,6 +218,15 @@ impl MoeLayer {
         match &self.engine {
             LayerEngine::Gpu(layer) => layer.plan().matrices().iter().map(|matrix| matrix.bytes()).sum(),
             LayerEngine::Cpu(cpu) => cpu.layer.weight_bytes(),
+        }
+    }
+
+    /// Bytes that it keeps on its device by now: those of [`LayerPlan::allocations`] once it has seen a batch. The CPU
+    /// engine's are the weights of experts.
+    pub fn device_bytes(&self) -> DeviceBytes {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => pollster::block_on(layer.device_bytes()),
+            LayerEngine::Cpu(_) => DeviceBytes { weights: self.weight_bytes(), ..DeviceBytes::default() },
         }
     }
 

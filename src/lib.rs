@@ -75,13 +75,16 @@ pub mod check;
 pub mod context;
 pub mod cpu;
 pub mod error;
+pub mod forecast;
 pub mod golden;
 pub mod gpu;
+pub mod inspect;
 pub mod kernels;
 pub mod layer;
 pub mod model;
 pub mod plan;
 pub mod reference;
+pub mod trace;
 pub mod tune;
 
 pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
@@ -104,5 +107,6 @@ pub use model::routing::{
 pub use model::statistics::Statistics;
 pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};
 pub use plan::Plan;
+pub use trace::{Trace, TraceLayer};
 pub use tune::Tuning;
 pub use wgpu;

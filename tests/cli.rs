@@ -30,7 +30,7 @@ fn golden(name: &str) -> PathBuf {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in ["info", "bench", "check", "families", "quantize", "run", "shader", "tune"] {
+    for command in ["info", "bench", "check", "families", "inspect", "plan", "quantize", "run", "shader", "tune"] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);

@@ -89,6 +89,15 @@ impl CpuLayer {
     }
 }
 
+/// Bytes that the matrices of such a layer's experts will take, shared ones included.
+pub(crate) fn weight_bytes(config: &MoeConfig, formats: &LayerFormats) -> u64 {
+    let of_one =
+        |experts: &Experts| [Projection::First, Projection::Down].map(|p| experts.bytes_of(p)).iter().sum::<u64>();
+    let shared = config.extras().shared;
+    let shared = shared.map_or(0, |s| u64::from(s.num) * of_one(&shared_experts(config, &s, formats)));
+    u64::from(config.num_weighted_experts()) * of_one(&routed_experts(config, formats)) + shared
+}
+
 /// The experts that tokens are routed to; none yet.
 pub(super) fn routed_experts(config: &MoeConfig, formats: &LayerFormats) -> Experts {
     let sizes = [config.expert_size(), config.intermediate_size()].map(|n| n as usize);

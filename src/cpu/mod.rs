@@ -31,8 +31,9 @@ mod statistics;
 mod widen;
 mod words;
 
-pub(crate) use roofline::dense_matmul;
+pub(crate) use load::weight_bytes;
 pub use roofline::{Roofline, roofline};
+pub(crate) use roofline::{dense_matmul, rows_times_rows};
 pub use statistics::statistics;
 
 use crate::error::{Error, Result};

@@ -31,10 +31,20 @@ fn dense_gflops(size: usize) -> f64 {
 
 /// `c = a * b` by the `gemm` crate on all threads; `a [m, k]`, `b [k, n]`, `c [m, n]`.
 pub(crate) fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
-    assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "a, b and c are [m, k], [k, n] and [m, n]");
-    let [n_stride, k_stride] = [n as isize, k as isize];
-    // SAFETY: the lengths are checked above, and the strides are those of row-major matrices of these shapes;
-    // `c` is borrowed exclusively and not read, as `read_dst` is false.
+    multiply([m, n, k], a, b, [n, 1], c);
+}
+
+/// As [`dense_matmul`] with `b [n, k]`: each row of `a` times each row of `b`.
+pub(crate) fn rows_times_rows([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32]) {
+    multiply([m, n, k], a, b, [1, k], c);
+}
+
+/// `strides`: how far apart the rows of `b` are, and its columns; `[n, 1]` or `[1, k]`.
+fn multiply([m, n, k]: [usize; 3], a: &[f32], b: &[f32], strides: [usize; 2], c: &mut [f32]) {
+    assert_eq!([a.len(), b.len(), c.len()], [m * k, k * n, m * n], "a, b and c have m k, k n and m n elements");
+    let [n_stride, k_stride, row_stride, column_stride] = [n, k, strides[0], strides[1]].map(|stride| stride as isize);
+    // SAFETY: the lengths are checked above, and the strides are those of dense matrices of these shapes, row-major but
+    // for a `b` of rows, which is column-major; `c` is borrowed exclusively and not read, as `read_dst` is false.
     unsafe {
         gemm::gemm(
             m,
@@ -48,8 +58,8 @@ pub(crate) fn dense_matmul([m, n, k]: [usize; 3], a: &[f32], b: &[f32], c: &mut 
             1,
             k_stride,
             b.as_ptr(),
-            1,
-            n_stride,
+            column_stride,
+            row_stride,
             0.0,
             1.0,
             false,
@@ -93,6 +103,9 @@ mod tests {
     fn the_yardstick_multiplies() {
         let mut c = [f32::NAN; 4];
         dense_matmul([2, 2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0, 0.0, 0.0, 1.0, 2.0, 3.0], &mut c);
+        assert_eq!(c, [7.0, 11.0, 16.0, 23.0]);
+        c = [f32::NAN; 4];
+        rows_times_rows([2, 2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0, 0.0, 2.0, 0.0, 1.0, 3.0], &mut c);
         assert_eq!(c, [7.0, 11.0, 16.0, 23.0]);
     }
 

@@ -9,7 +9,8 @@ use crate::kernels::router::FrontKind;
 use crate::model::routing::RoutingDecision;
 use crate::model::source::ExpertSource;
 use crate::model::weights::{MoeWeights, OptionalTensors};
-use crate::plan::{LayerPlan, PassKind, Plan, TunedChoices};
+use crate::plan::memory::UNIFORM_ALIGNMENT;
+use crate::plan::{DeviceBytes, LayerPlan, PassKind, Plan, Purpose, TunedChoices};
 use async_lock::Mutex;
 use residency::Residency;
 use std::collections::{HashMap, HashSet};
@@ -27,8 +28,6 @@ pub use residency::ResidencyStats;
 const MAX_PASSES: usize = 64;
 /// Bytes of a uniform that are bound: at least those of the larger one.
 const UNIFORM_BYTES: u64 = 96;
-/// Uniforms of one pass share a buffer; each starts at a multiple of this.
-const UNIFORM_ALIGNMENT: u64 = 256;
 /// Bindings that are a part of a storage buffer start at a multiple of this on every device.
 const OFFSET_ALIGNMENT: u64 = 256;
 
@@ -151,6 +150,21 @@ impl GpuLayer {
         self.state.lock().await.last
     }
 
+    /// Bytes of the buffers that it keeps, as they were created.
+    pub(crate) async fn device_bytes(&self) -> DeviceBytes {
+        let state = self.state.lock().await;
+        let mut bytes = DeviceBytes::default();
+        let mut add = |purpose, buffer: &wgpu::Buffer| bytes.add(purpose, buffer.size());
+        self.weights.buffers().for_each(|buffer| add(Purpose::Weights, buffer));
+        state.scratch.values().for_each(|buffer| add(Purpose::Scratch, buffer));
+        state.passes.values().for_each(|pass| add(Purpose::Scratch, &pass.uniforms));
+        if let Some(Io { x, y, upload, download, front, choices, capacity: _ }) = &state.io {
+            let always = [x, y, upload, download].into_iter();
+            always.chain(front).chain(choices).for_each(|buffer| add(Purpose::InputOutput, buffer));
+        }
+        bytes
+    }
+
     /// Buffers, pipelines and uniforms for batches of `num_tokens` tokens.
     pub(crate) async fn prepare(&self, num_tokens: u32) -> Result<()> {
         let mut state = self.state.lock().await;
@@ -182,12 +196,12 @@ impl GpuLayer {
         Ok(())
     }
 
-    /// Scratch for at least `num_tokens` tokens; a power of two, so that growing batches do not reallocate each time.
+    /// Scratch for at least `num_tokens` tokens.
     async fn grow(&self, state: &mut State, num_tokens: u32) -> Result<()> {
         if num_tokens <= state.capacity {
             return Ok(());
         }
-        let capacity = num_tokens.next_power_of_two().min(self.plan.max_tokens());
+        let capacity = self.plan.capacity(num_tokens);
         // Old buffers go first: both generations together may be more than the device has.
         *state = State { last: state.last, ..State::default() };
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;

@@ -82,6 +82,11 @@ impl DeviceWeights {
         Ok((Self { pages, vectors }, host))
     }
 
+    /// All of them.
+    pub(super) fn buffers(&self) -> impl Iterator<Item = &wgpu::Buffer> {
+        self.pages.values().flatten().chain(self.vectors.values())
+    }
+
     /// The buffer of this name, or a page of it.
     pub(super) fn find(&self, name: &str, page: usize) -> Option<&wgpu::Buffer> {
         match self.pages.get(name) {

@@ -1,12 +1,14 @@
 //! What a plan knows of a device: its limits and the facts that decide between kernel variants.
 
 use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// No binding may be larger: Vulkan and DX12 stop at 2^31 - 1 bytes, and bindings come in whole words.
 const MAX_BINDING: u64 = (1 << 31) - 4;
 
 /// Limits and facts of a device, in plain numbers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceProfile {
     /// Largest storage binding, in bytes.
     pub max_storage_binding: u64,
@@ -21,6 +23,7 @@ pub struct DeviceProfile {
     /// Storage buffers that one kernel can bind.
     pub max_storage_buffers: u32,
     /// The subgroup size, if subgroup operations can be used and there is exactly one size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subgroup_size: Option<u32>,
     /// Whether shaders can use integers of 64 bits.
     pub int64: bool,

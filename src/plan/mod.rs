@@ -4,6 +4,7 @@
 pub mod cost;
 pub mod device;
 pub mod grid;
+pub mod memory;
 pub mod pages;
 mod passes;
 pub mod predict;
@@ -23,6 +24,7 @@ use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
+pub use memory::{Allocation, DeviceBytes, Purpose};
 use pages::WeightPage;
 pub use requests::StageRequests;
 use std::sync::Arc;

@@ -7,9 +7,11 @@
 
 use crate::kernels::matmul::{LANE_COLUMNS, MatmulChoice};
 use crate::model::formats::WeightFormat;
+use serde::{Deserialize, Serialize};
 
 /// Rates of a device, as its makers publish them or as follows from clocks and widths.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rates {
     /// Multiply-adds in f32, in GFLOP/s.
     pub gflops: f64,

@@ -13,7 +13,10 @@ mod bench_table;
 mod check;
 mod families;
 mod info;
+mod inspect;
+mod inspect_view;
 mod output;
+mod plan;
 mod quantize;
 mod run;
 mod shader;
@@ -63,6 +66,8 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Families(families::Args),
+    Inspect(inspect::Args),
+    Plan(plan::Args),
     Quantize(quantize::Args),
     Run(run::Args),
     Shader(shader::Args),
@@ -115,6 +120,8 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
         Command::Families(args) => families::execute(args, output),
+        Command::Inspect(args) => inspect::execute(args, device()?, output),
+        Command::Plan(args) => plan::execute(args, cli.device.as_deref(), output),
         Command::Quantize(args) => quantize::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),

@@ -166,13 +166,13 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
 }
 
 /// The same numbers as token ids and as experts: the layer takes what it routes by.
-struct Ids {
-    tokens: Vec<u32>,
-    experts: Vec<i32>,
+pub struct Ids {
+    pub tokens: Vec<u32>,
+    pub experts: Vec<i32>,
 }
 
 impl Ids {
-    fn of(ids: Vec<i64>) -> anyhow::Result<Self> {
+    pub fn of(ids: Vec<i64>) -> anyhow::Result<Self> {
         let range = i64::from(i32::MIN)..=i64::from(i32::MAX);
         if let Some(id) = ids.iter().find(|id| !range.contains(id)) {
             return Err(unusable(format!("--ids: {id} is no id")));
@@ -186,7 +186,7 @@ impl Ids {
 }
 
 /// `file` or `file:tensor`. A file whose name has a colon in it wins.
-fn split_input(option: &str, argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
+pub fn split_input(option: &str, argument: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
     if Path::new(argument).is_file() {
         return Ok((argument.into(), None));
     }
@@ -202,7 +202,7 @@ fn split_input(option: &str, argument: &str) -> anyhow::Result<(PathBuf, Option<
 }
 
 /// The last axis of the input must be the layer's width.
-fn check_shape(path: &Path, tensor: Option<&str>, shape: &[usize], hidden_size: u32) -> wgmoe::Result<()> {
+pub fn check_shape(path: &Path, tensor: Option<&str>, shape: &[usize], hidden_size: u32) -> wgmoe::Result<()> {
     if shape.last() == Some(&(hidden_size as usize)) {
         return Ok(());
     }
