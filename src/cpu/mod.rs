@@ -31,8 +31,8 @@ mod statistics;
 mod widen;
 mod words;
 
-pub(crate) use roofline::dense_matmul;
 pub use roofline::{Roofline, roofline};
+pub(crate) use roofline::{dense_matmul, fold};
 pub use statistics::statistics;
 
 use crate::error::{Error, Result};
