@@ -19,6 +19,7 @@ use crate::plan::{DeviceBytes, DeviceProfile, LayerPlan, MatmulRequest, Plan, Tu
 use crate::tune::Tuning;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use tracing::{Instrument, debug_span};
 
 /// Choices that are not part of what the layer computes.
 #[derive(Clone, Debug, Default)]
@@ -129,7 +130,8 @@ impl MoeLayer {
     ) -> Result<Self> {
         weights.validate(&config, options.weights)?;
         let mut source = HostSource { config: &config, weights, formats: options.weights.into() };
-        Self::from_source(context, config.clone(), weights, &mut source, options, &mut |_, _| {}).await
+        let span = load_span(&config);
+        Self::from_source(context, config.clone(), weights, &mut source, options, &mut |_, _| {}).instrument(span).await
     }
 
     /// A layer of a checkpoint, in the formats that `layer` says ([`LayerSource::formats`]; `options.weights` does not
@@ -146,7 +148,9 @@ impl MoeLayer {
     ) -> Result<Self> {
         let config = layer.config().clone();
         let (weights, mut source) = layer.parts()?;
-        pollster::block_on(Self::from_source(context, config, weights, &mut source, options, &mut progress))
+        let span = load_span(&config);
+        let load = Self::from_source(context, config, weights, &mut source, options, &mut progress);
+        pollster::block_on(load.instrument(span))
     }
 
     async fn from_source(
@@ -293,6 +297,11 @@ impl MoeLayer {
     /// As [`MoeLayer::forward_batch`], into `y [num_tokens, hidden_size]`, without blocking.
     pub async fn forward_batch_async(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<()> {
         let num_tokens = batch.check(&self.config)?;
+        let span = debug_span!("forward", num_tokens);
+        self.forward_checked(batch, num_tokens, y).instrument(span).await
+    }
+
+    async fn forward_checked(&self, batch: &Batch<'_>, num_tokens: u32, y: &mut [f32]) -> Result<()> {
         if y.len() != batch.x.len() {
             let shape = format!("[{num_tokens}, {}]", self.config.hidden_size());
             return Err(Error::LengthMismatch { tensor: "y", shape, expected: batch.x.len(), found: y.len() });
@@ -366,6 +375,7 @@ impl MoeLayer {
     }
 
     fn record_front(&self, encoder: &mut CommandEncoder, recording: Recording<'_>) -> Result<()> {
+        let _span = debug_span!("record", num_tokens = recording.num_tokens).entered();
         match &self.engine {
             _ if recording.num_tokens == 0 => Ok(()),
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.record(encoder, &recording))),
@@ -484,6 +494,7 @@ impl MoeLayer {
     /// Wall time of one whole forward on the resident input and weights, router included, from the start of recording
     /// to the end of the last dispatch.
     pub fn run_resident(&self) -> Result<Duration> {
+        let _span = debug_span!("forward", resident = true).entered();
         let start = Instant::now();
         match &self.engine {
             LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.run_resident()))?,
@@ -537,6 +548,10 @@ impl MoeLayer {
             LayerEngine::Cpu(_) => usize::from(num_tokens > 0),
         }
     }
+}
+
+fn load_span(config: &MoeConfig) -> tracing::Span {
+    debug_span!("load", hidden_size = config.hidden_size(), num_experts = config.num_experts())
 }
 
 /// The CPU engine has one kernel.

@@ -26,6 +26,7 @@ pub(crate) async fn pipeline(gpu: &Gpu, kernel: &Kernel) -> Result<Arc<Pipeline>
 }
 
 fn build(device: &wgpu::Device, kernel: &Kernel) -> Pipeline {
+    let _span = tracing::debug_span!("compile", kernel = %kernel.label).entered();
     let label = Some(kernel.label.as_str());
     let entries: Vec<_> = kernel
         .bindings

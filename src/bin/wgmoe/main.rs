@@ -22,6 +22,7 @@ mod plan;
 mod quantize;
 mod run;
 mod shader;
+mod shell;
 mod tune;
 mod tuning;
 
@@ -58,6 +59,14 @@ struct Cli {
     #[arg(long, global = true, help_heading = "Everywhere", value_name = "FILE|-")]
     json: Option<PathBuf>,
 
+    /// Print errors and warnings only; what --json and the like write is written
+    #[arg(long, short, global = true, help_heading = "Everywhere", conflicts_with = "verbose")]
+    quiet: bool,
+
+    /// Also say on standard error what the library does, and how long it takes
+    #[arg(long, short, global = true, help_heading = "Everywhere")]
+    verbose: bool,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -68,8 +77,10 @@ enum Command {
     Bench(bench::Args),
     Check(check::Args),
     Compare(compare::Args),
+    Completions(shell::Completions),
     Families(families::Args),
     Inspect(inspect::Args),
+    Man(shell::Man),
     Plan(plan::Args),
     Quantize(quantize::Args),
     Run(run::Args),
@@ -106,7 +117,10 @@ fn unusable(message: impl Into<String>) -> anyhow::Error {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let mut output = Output::new(cli.json.clone());
+    let mut output = Output::new(cli.json.clone(), cli.quiet);
+    if cli.verbose {
+        output::tell_spans();
+    }
     match execute(&cli, &mut output) {
         Ok(Verdict::Right) => ExitCode::SUCCESS,
         Ok(Verdict::Wrong) => ExitCode::from(1),
@@ -128,8 +142,10 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
         Command::Compare(args) => compare::execute(args, output),
+        Command::Completions(args) => Ok(shell::completions(args, output)),
         Command::Families(args) => families::execute(args, output),
         Command::Inspect(args) => inspect::execute(args, device()?, output),
+        Command::Man(args) => shell::man(args, output),
         Command::Plan(args) => plan::execute(args, cli.device.as_deref(), output),
         Command::Quantize(args) => quantize::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),

@@ -3,12 +3,14 @@
 //! A reader that goes away (`wgmoe check | head`) ends the words, not the work: the exit code still counts.
 
 use crate::{must_be_writable, unusable};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use std::cell::Cell;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tracing_subscriber::fmt::format::FmtSpan;
 use wgmoe::bench::results::write_json;
 
 /// Standard output and error, and the JSON file.
@@ -16,12 +18,18 @@ pub struct Output {
     json: Option<PathBuf>,
     /// Which option has standard output for what it writes, other than `--json`.
     taken: Option<&'static str>,
+    /// Nothing is for people.
+    quiet: bool,
     reader_left: bool,
 }
 
+/// Set by `--quiet`: no progress either.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
 impl Output {
-    pub fn new(json: Option<PathBuf>) -> Self {
-        Output { json, taken: None, reader_left: false }
+    pub fn new(json: Option<PathBuf>, quiet: bool) -> Self {
+        QUIET.store(quiet, Ordering::Relaxed);
+        Output { json, taken: None, quiet, reader_left: false }
     }
 
     /// Refuses a `--json` that could not be written, before any work.
@@ -49,6 +57,9 @@ impl Output {
 
     /// One line, or several, for people.
     pub fn line(&mut self, text: &str) {
+        if self.quiet {
+            return;
+        }
         let text = format!("{text}\n");
         if self.json_on_stdout() || self.taken.is_some() {
             // Standard error is the last resort; there is nobody left to tell.
@@ -104,7 +115,7 @@ pub struct Status {
 
 impl Status {
     pub fn new() -> Self {
-        let bar = ProgressBar::new_spinner();
+        let bar = on_terminal(ProgressBar::new_spinner());
         bar.set_style(ProgressStyle::with_template("{spinner} {wide_msg} {elapsed}").expect("the template is fixed"));
         bar.enable_steady_tick(Duration::from_millis(120));
         Status { bar, end: Cell::new(None), began: Instant::now() }
@@ -155,7 +166,7 @@ pub struct Bytes(ProgressBar);
 impl Bytes {
     /// `what` stands in front of the bar.
     pub fn new(what: &'static str) -> Self {
-        let bar = ProgressBar::new(0);
+        let bar = on_terminal(ProgressBar::new(0));
         let template = "{prefix} {bar:32} {bytes} of {total_bytes}, {binary_bytes_per_sec}, {eta} left";
         bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed"));
         bar.set_prefix(what);
@@ -172,6 +183,21 @@ impl Drop for Bytes {
     fn drop(&mut self) {
         self.0.finish_and_clear();
     }
+}
+
+/// Where nobody wants words, nobody wants progress.
+fn on_terminal(bar: ProgressBar) -> ProgressBar {
+    if QUIET.load(Ordering::Relaxed) {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
+}
+
+/// From here on, what the library does goes to standard error with the time that it took.
+pub fn tell_spans() {
+    let spans = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::DEBUG);
+    // It could only fail if there were one already.
+    let _ = spans.with_span_events(FmtSpan::CLOSE).with_target(false).with_ansi(false).try_init();
 }
 
 /// Something that did not go as planned, and that the work goes on without.
