@@ -201,6 +201,18 @@ pub enum Error {
         /// What it should be.
         expected: String,
     },
+    /// A file of results that cannot be read: damaged, of a newer schema, or something else altogether.
+    #[error("{path}: {what} is {found}, expected {expected}", path = path.display())]
+    BadResults {
+        /// The file.
+        path: PathBuf,
+        /// What of it.
+        what: String,
+        /// What it is.
+        found: String,
+        /// What it should be, and the way out.
+        expected: String,
+    },
     /// A family description that cannot be used.
     #[error("{path}: {message}", path = path.display())]
     BadFamily {

@@ -30,7 +30,10 @@ fn golden(name: &str) -> PathBuf {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in ["info", "bench", "check", "families", "inspect", "plan", "quantize", "run", "shader", "tune"] {
+    for command in [
+        "info", "bench", "check", "compare", "families", "inspect", "plan", "quantize", "run", "shader",
+        "tune",
+    ] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);
@@ -106,7 +109,7 @@ fn bench_prints_a_table_and_writes_what_it_promises() {
         assert!(words.contains(word), "{word} is missing:\n{words}");
     }
     let results: Value = serde_json::from_slice(&std::fs::read(&file).expect("written")).expect("JSON");
-    assert_eq!(results["schema"], 1);
+    assert_eq!(results["schema"], 2);
     assert_eq!(results["device"]["kind"], "cpu-engine");
     let rows = results["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 2);

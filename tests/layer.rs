@@ -4,15 +4,15 @@ mod support;
 
 use std::time::Duration;
 use support::{Values, assert_close, assert_same_bits, config, formats, gpu_context, read_buffer, variants};
-use wgmoe::bench::{Bench, Outcome, Workload};
+use wgmoe::bench::{Bench, Outcome, Workload, Yardstick};
 use wgmoe::kernels::params::Uniform;
 use wgmoe::plan::Dispatch;
 use wgmoe::reference::router::{self, Logits, top_k_indices};
 use wgmoe::reference::{self, Forward};
 use wgmoe::wgpu;
 use wgmoe::{
-    Batch, Context, Error, GpuMemory, IntGroups, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer,
-    MoeWeights, RoutingDecision, WeightFormat,
+    Batch, Context, Error, IntGroups, LayerOptions, MatmulChoice, MatmulVariant, MoeConfig, MoeLayer, MoeWeights,
+    RoutingDecision, WeightFormat,
 };
 
 /// Rounding unit of f32.
@@ -511,22 +511,11 @@ fn dispatches_readbacks_and_allocations_stay_low() {
 #[test]
 fn every_layer_of_a_bench_starts_cold() {
     let Some(context) = gpu_context() else { return };
-    let bench = Bench {
-        context: &context,
-        device_time: Duration::ZERO,
-        roofline: None,
-        weights: WeightFormat::F16,
-        matmul: None,
-        tuning: None,
-        gpu_memory: GpuMemory::All,
-        pinned_experts: Vec::new(),
-        fresh_tokens: false,
-        runs: Some(1),
-        slice: Duration::ZERO,
-    };
+    let bench = Bench { runs: Some(1), slice: Duration::ZERO, ..Bench::new(&context) };
+    let mut yardstick = Yardstick::new(&context).expect("the device runs");
     for _ in 0..2 {
         let workload = Workload::new(config([64, 32, 8, 2], true), 0.0, 1).expect("small");
-        let outcomes = bench.run(None, workload, &[20], &mut |_| ());
+        let outcomes = bench.run(None, workload, &[20], &mut yardstick, &mut |_| ());
         let [Outcome::Started(first), Outcome::Measured(row)] = &outcomes[..] else { panic!("{outcomes:?}") };
         let warm = first.warm.expect("loading takes an instant");
         assert_eq!((first.cold.kernels, warm.kernels), (row.dispatches, 0), "one kernel for each dispatch");

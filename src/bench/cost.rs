@@ -10,23 +10,33 @@ use crate::model::formats::WeightFormat;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
     /// Multiplications and additions of the matmuls:
-    /// `2 * tokens * top_k * 3 * hidden_size * intermediate_size + 2 * tokens * hidden_size * num_experts`.
+    /// `2 * tokens * top_k * 3 * hidden_size * intermediate_size + 2 * tokens * hidden_size * num_experts`, with 2 for 3
+    /// where experts have no gate, and as much for shared experts.
     pub flops: f64,
-    /// Bytes that must cross the memory bus once: the experts that got a token, the router, `x` and `y`.
+    /// Bytes that must cross the memory bus once: the experts that got a token, shared ones, the router, `x` and `y`.
     pub bytes: f64,
 }
 
 impl Cost {
     /// Of one pass over `num_tokens` tokens of which `active_experts` experts got at least one.
     pub fn of_forward(config: &MoeConfig, format: WeightFormat, num_tokens: u32, active_experts: u32) -> Cost {
-        let [h, i, e, k] =
-            [config.hidden_size(), config.intermediate_size(), config.num_experts(), config.top_k()].map(f64::from);
+        let [h, e, k] = [config.hidden_size(), config.num_experts(), config.top_k()].map(f64::from);
         let tokens = f64::from(num_tokens);
         let quads = |columns: f64, inputs: u32| columns / 4.0 * format.quad_bytes(inputs) as f64;
-        let expert_bytes = 2.0 * quads(i, config.hidden_size()) + quads(h, config.intermediate_size());
+        // Of an expert of this width: FLOPs for a token, and bytes.
+        let expert = |width: u32, is_gated: bool| {
+            let inner = if is_gated { 2.0 } else { 1.0 };
+            let (flops, w) = (2.0 * (inner + 1.0) * h * f64::from(width), f64::from(width));
+            (flops, inner * quads(w, config.hidden_size()) + quads(h, width))
+        };
+        let (flops, bytes) = expert(config.intermediate_size(), config.activation().is_gated());
+        let (shared_flops, shared_bytes) = config.extras().shared.map_or((0.0, 0.0), |shared| {
+            let (flops, bytes) = expert(shared.intermediate_size, shared.activation.is_gated());
+            (f64::from(shared.num) * flops, f64::from(shared.num) * bytes)
+        });
         Cost {
-            flops: 2.0 * tokens * k * 3.0 * h * i + 2.0 * tokens * h * e,
-            bytes: f64::from(active_experts) * expert_bytes + 4.0 * (h * e + 2.0 * tokens * h),
+            flops: tokens * (k * flops + shared_flops) + 2.0 * tokens * h * e,
+            bytes: f64::from(active_experts) * bytes + shared_bytes + 4.0 * (h * e + 2.0 * tokens * h),
         }
     }
 
@@ -40,7 +50,7 @@ impl Cost {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, Routing};
+    use crate::{Activation, Function, LayerExtras, Routing, SharedExperts, SharedGate};
 
     fn config() -> MoeConfig {
         let routing = Routing::softmax(true);
@@ -55,6 +65,24 @@ mod tests {
         // 4 experts x 2 bytes x weights: 2 x 7 rows of 10, which are stored as 12, and 10 rows of 7, stored as 8. 50
         // router weights, 30 inputs and 30 outputs of 4 bytes.
         assert_eq!(cost.bytes, (4 * 2 * (14 * 12 + 10 * 8) + 4 * (50 + 30 + 30)) as f64);
+    }
+
+    #[test]
+    fn experts_without_gates_and_shared_ones_count_as_what_they_are() {
+        let shared = SharedExperts {
+            num: 2,
+            intermediate_size: 8,
+            activation: Activation::SWIGLU,
+            gate: SharedGate::None,
+            average: false,
+        };
+        let routing = Routing::softmax(true);
+        let config = MoeConfig::new(12, 4, 5, 2, routing, Activation::plain(Function::Relu)).expect("valid sizes");
+        let config =
+            config.with_extras(LayerExtras { shared: Some(shared), ..LayerExtras::default() }).expect("a layer");
+        let cost = Cost::of_forward(&config, WeightFormat::F32, 3, 1);
+        assert_eq!(cost.flops, (3 * (2 * 2 * 2 * 12 * 4 + 2 * 2 * 3 * 12 * 8) + 2 * 3 * 12 * 5) as f64);
+        assert_eq!(cost.bytes, (4 * (2 * 12 * 4 + 2 * 3 * 12 * 8 + 12 * 5 + 2 * 3 * 12)) as f64);
     }
 
     #[test]

@@ -1,15 +1,22 @@
 //! Results as they are written to disk. Field names are a promise: other programs read them.
 
-use crate::DeviceInfo;
 use crate::atomic_file::write_atomically;
+use crate::bench::facts::Facts;
 use crate::bench::router::RouterTime;
+use crate::bench::stats::{self, Interval};
 use crate::error::{Error, Result};
 use crate::model::formats::WeightFormat;
+use crate::{DeviceInfo, Roofline};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fmt::Write as _;
 use std::path::Path;
 
 /// Version of the format. Fields may be added without a new version; none changes its meaning.
-pub const SCHEMA: u32 = 1;
+///
+/// 2 added how times were taken ([`Timing`]), the yardstick and the machine's facts. Files of version 1 can be read.
+/// `docs/results-schema.json` describes the format for other programs.
+pub const SCHEMA: u32 = 2;
 
 /// Everything that one `wgmoe bench` found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,6 +27,15 @@ pub struct Results {
     pub wgmoe_version: String,
     /// What it ran on.
     pub device: DeviceResult,
+    /// The machine and the moment; absent in files of schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub facts: Option<Facts>,
+    /// How fast the machine was all along; absent in files of schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub yardstick: Option<YardstickResult>,
+    /// Somebody stopped the run: not everything that was asked for is here.
+    #[serde(default)]
+    pub interrupted: bool,
     /// The device's measured peaks; absent if measuring them failed.
     pub roofline: Option<RooflineResult>,
     /// One for each layer and batch size whose result was right.
@@ -70,6 +86,13 @@ pub struct RooflineResult {
     pub how: String,
 }
 
+impl From<Roofline> for RooflineResult {
+    fn from(roofline: Roofline) -> Self {
+        let Roofline { gflops, gbytes_per_s, bandwidths, how } = roofline;
+        RooflineResult { gflops, gbytes_per_s, bandwidths, how }
+    }
+}
+
 /// One layer at one batch size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
@@ -87,7 +110,11 @@ pub struct Row {
     pub weights: WeightFormat,
     /// Tokens of the batch.
     pub tokens: u32,
-    /// Wall time of a whole forward pass, router included, from submit to completion, on resident weights and input.
+    /// Tokens chose as recorded ones did: the trace's file and layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
+    /// Wall time of a whole forward pass, router included, from submit to completion, on resident weights and input: the
+    /// median of rounds, each the median of its passes.
     pub median_s: f64,
     /// The fastest run's time.
     pub min_s: f64,
@@ -95,6 +122,9 @@ pub struct Row {
     pub max_s: f64,
     /// Timed runs.
     pub runs: usize,
+    /// How sure the median is, and what it was made of; absent in files of schema 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timing: Option<Timing>,
     /// Exponent of the Zipf distribution over experts.
     pub skew: f64,
     /// The grouped matmul that was asked for: the name of a variant, or auto; tuned where a tuning chose it then.
@@ -132,6 +162,100 @@ pub struct Row {
     pub residency: Option<ResidencyResult>,
     /// Where the time goes.
     pub stages: Vec<StageResult>,
+}
+
+impl Row {
+    /// The layer in a few words, weights and routing included.
+    pub fn layer(&self) -> String {
+        let sizes = format!(
+            "hidden {}, intermediate {}, {} experts, top-{}",
+            self.hidden_size, self.intermediate_size, self.num_experts, self.top_k
+        );
+        let mut text = format!("{}, {}", self.preset.as_ref().unwrap_or(&sizes), self.weights.name());
+        if self.skew > 0.0 {
+            let _ = write!(text, ", skew {}", self.skew);
+        }
+        if let Some(trace) = &self.trace {
+            let _ = write!(text, ", as in {trace}");
+        }
+        text
+    }
+
+    /// As [`Row::layer`], and the tokens.
+    pub fn title(&self) -> String {
+        format!("{}, {} tokens", self.layer(), self.tokens)
+    }
+}
+
+/// How a row was timed: in rounds, each between two runs of the yardstick, with the other batch sizes' rounds in
+/// between.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timing {
+    /// Where the median is, with 95 % certainty, by a bootstrap over the rounds.
+    pub interval_s: Interval,
+    /// The median of the rounds' times by those of their yardsticks: what is comparable between runs.
+    pub in_yardsticks: f64,
+    /// Where that is, with 95 % certainty.
+    pub interval_in_yardsticks: Interval,
+    /// The rounds, in order.
+    pub rounds: Vec<Round>,
+    /// Rounds whose time is more than five median absolute deviations from the median.
+    pub outliers: usize,
+    /// The yardstick shows that the machine was faster or slower than usual during some of the rounds.
+    pub drifted: bool,
+    /// Passes before the first timed one.
+    pub warm_up_passes: usize,
+    /// The last of those were no longer getting faster.
+    pub settled: bool,
+}
+
+/// One round of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// The median of its passes.
+    pub seconds: f64,
+    /// The mean of the yardstick's times before and after.
+    pub yardstick_s: f64,
+}
+
+impl Round {
+    /// Time in yardsticks.
+    pub fn in_yardsticks(&self) -> f64 {
+        self.seconds / self.yardstick_s
+    }
+}
+
+impl Timing {
+    /// What `rounds` say; `None` if there are none.
+    pub fn of(rounds: Vec<Round>) -> Option<Timing> {
+        let seconds: Vec<f64> = rounds.iter().map(|round| round.seconds).collect();
+        let relative: Vec<f64> = rounds.iter().map(Round::in_yardsticks).collect();
+        Some(Timing {
+            interval_s: Interval::of_median(&seconds)?,
+            in_yardsticks: stats::median_of(&relative),
+            interval_in_yardsticks: Interval::of_median(&relative)?,
+            outliers: stats::outliers(&seconds),
+            rounds,
+            drifted: false,
+            warm_up_passes: 0,
+            settled: true,
+        })
+    }
+}
+
+/// A fixed piece of work that was repeated all along: times that differ are the machine's doing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct YardstickResult {
+    /// The work. Only files that agree in it can be compared by it.
+    pub what: String,
+    /// Its usual time.
+    pub median_s: f64,
+    /// One run in ten was faster than this.
+    pub fast_s: f64,
+    /// One run in ten was slower than this.
+    pub slow_s: f64,
+    /// (seconds since the first, seconds taken) of each run.
+    pub times: Vec<(f64, f64)>,
 }
 
 /// From nothing to the first result of one layer. Seconds, each measured once.
@@ -243,6 +367,54 @@ pub struct Failure {
     pub reason: String,
 }
 
+impl Results {
+    /// Reads a file that `wgmoe bench --json` wrote: of this schema, or of an earlier one.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::BadResults`] for a file that is damaged, of a newer schema, or something else altogether.
+    pub fn load(path: &Path) -> Result<Results> {
+        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        Results::parse(path, &bytes)
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Results> {
+        let bad = |what: &str, found: String, expected: String| Error::BadResults {
+            path: path.to_owned(),
+            what: what.to_owned(),
+            found,
+            expected,
+        };
+        let json: Value = serde_json::from_slice(bytes).map_err(|error| {
+            bad("the file", format!("no JSON: {error}"), "results of `wgmoe bench --json`".to_owned())
+        })?;
+        match json.get("schema").and_then(Value::as_u64) {
+            Some(schema) if (1..=u64::from(SCHEMA)).contains(&schema) => {}
+            Some(schema) => {
+                return Err(bad("its schema", schema.to_string(), format!("1 to {SCHEMA}; a newer wgmoe may read it")));
+            }
+            None => {
+                let found = json.get("schema").map_or("missing".to_owned(), Value::to_string);
+                return Err(bad("its schema", found, format!("a number from 1 to {SCHEMA}")));
+            }
+        }
+        let results: Results = serde_json::from_value(json)
+            .map_err(|error| bad("its content", error.to_string(), "the fields of its schema".to_owned()))?;
+        for row in &results.rows {
+            let rounds = row.timing.iter().flat_map(|timing| &timing.rounds);
+            let mut times = rounds.flat_map(|round| [round.seconds, round.yardstick_s]).chain([row.median_s]);
+            if let Some(time) = times.find(|time| !(time.is_finite() && *time > 0.0)) {
+                return Err(bad(&format!("a time of {}", row.title()), time.to_string(), "above 0".to_owned()));
+            }
+        }
+        Ok(results)
+    }
+}
+
+/// Writes `text` to `path` so that a reader finds the old file or the new one, never half of either.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    write_atomically(path, text.as_bytes())
+}
+
 /// Writes `json` to `path` so that a reader finds the old file or the new one, never half of either.
 pub fn write_json(path: &Path, json: &impl Serialize) -> Result<()> {
     let io = |source| Error::Io { path: path.to_owned(), source };
@@ -252,10 +424,10 @@ pub fn write_json(path: &Path, json: &impl Serialize) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn results() -> Results {
+    pub(crate) fn results() -> Results {
         let text = |text: &str| text.to_owned();
         let stage = StageResult {
             name: text("router"),
@@ -275,10 +447,12 @@ mod tests {
             top_k: 1,
             weights: WeightFormat::F16,
             tokens: 5,
+            trace: None,
             median_s: 0.25,
             min_s: 0.125,
             max_s: 0.5,
             runs: 7,
+            timing: Timing::of(vec![Round { seconds: 0.25, yardstick_s: 0.125 }]),
             skew: 0.0,
             matmul: text("auto"),
             gflops: 1.5,
@@ -301,6 +475,9 @@ mod tests {
             schema: SCHEMA,
             wgmoe_version: text("0.0.0"),
             device,
+            facts: None,
+            yardstick: None,
+            interrupted: false,
             roofline: None,
             rows: vec![row],
             failures: Vec::new(),
@@ -331,7 +508,7 @@ mod tests {
     #[test]
     fn the_promised_fields_are_there() {
         let json = serde_json::to_value(results()).expect("serialises");
-        assert_eq!(json["schema"], 1);
+        assert_eq!(json["schema"], SCHEMA);
         assert_eq!(json["rows"][0]["weights"], "f16");
         for field in ["name", "backend", "driver", "kind"] {
             assert!(json["device"][field].is_string(), "{field}");
@@ -377,5 +554,40 @@ mod tests {
         let path = Path::new("no-such-folder/results.json");
         let error = write_json(path, &results()).expect_err("no such folder");
         assert!(error.to_string().contains("no-such-folder"), "{error}");
+    }
+
+    #[test]
+    fn files_that_are_no_results_are_errors_with_what_was_found_and_expected() {
+        let whole = serde_json::to_value(results()).expect("serialises");
+        let with = |pointer: &str, value: Value| {
+            let mut json = whole.clone();
+            *json.pointer_mut(pointer).expect(pointer) = value;
+            json.to_string()
+        };
+        let mut unnumbered = whole.clone();
+        unnumbered.as_object_mut().expect("an object").remove("schema");
+        let half = whole.to_string()[..200].to_owned();
+        let newer = SCHEMA + 1;
+        for (text, words) in [
+            (half, vec!["the file is no JSON", "EOF", "wgmoe bench --json"]),
+            (with("/schema", newer.into()), vec!["its schema is 3", "expected 1 to 2", "newer wgmoe"]),
+            (with("/schema", 0.into()), vec!["its schema is 0"]),
+            (with("/schema", "two".into()), vec!["its schema is \"two\""]),
+            (unnumbered.to_string(), vec!["its schema is missing"]),
+            ("[]".to_owned(), vec!["its schema is missing"]),
+            (with("/rows/0/tokens", "five".into()), vec!["its content", "five"]),
+            (with("/rows/0/median_s", 0.0.into()), vec!["a time of", "5 tokens is 0, expected above 0"]),
+            (with("/rows/0/timing/rounds/0/yardstick_s", (-1.0).into()), vec!["is -1, expected above 0"]),
+        ] {
+            let error = Results::parse(Path::new("r.json"), text.as_bytes()).expect_err(&text);
+            assert!(matches!(error, Error::BadResults { .. }));
+            let message = error.to_string();
+            assert!(message.starts_with("r.json: "), "{message}");
+            for word in words {
+                assert!(message.contains(word), "{word} is missing: {message}");
+            }
+        }
+        assert_eq!(Results::parse(Path::new("r.json"), whole.to_string().as_bytes()).expect("whole"), results());
+        assert!(matches!(Results::load(Path::new("no-such-file")), Err(Error::Io { .. })));
     }
 }

@@ -7,7 +7,8 @@ use crate::model::batch::Batch;
 use crate::model::config::MoeConfig;
 use crate::model::routing::RoutingDecision;
 use crate::model::weights::MoeWeights;
-use crate::reference::{self, router};
+use crate::reference::router::{self, Router};
+use crate::reference::{self, capacity};
 use rayon::prelude::*;
 
 /// Largest `max|y - y_ref| / max|y_ref|` that counts as right: 84 units in the last place of an f32, where sums of
@@ -80,12 +81,21 @@ pub fn verify(
         return Verification::failed(format!("the output of token {token} is {} in column {column}", y[at]));
     }
     let tokens = sample(config, num_tokens);
+    // Whom a capacity drops depends on the whole batch.
+    let whole = config.routing().capacity.map(|_| {
+        let batch = Batch::from(x);
+        capacity::capacity(config, router::router(config, weights, &batch), &batch)
+    });
     let checked: Result<Vec<Deviation>, String> = tokens
         .par_iter()
         .map(|&t| {
             let (x, y) = (&x[t * hidden_size..][..hidden_size], &y[t * hidden_size..][..hidden_size]);
-            check_token(config, weights, x, y, &routing.topk_experts[t * top_k..][..top_k])
-                .map_err(|reason| format!("token {t}: {reason}"))
+            let chosen = &routing.topk_experts[t * top_k..][..top_k];
+            match &whole {
+                Some(whole) => check_token_of_batch(config, weights, x, y, chosen, of_token(whole, t, num_tokens)),
+                None => check_token(config, weights, x, y, chosen),
+            }
+            .map_err(|reason| format!("token {t}: {reason}"))
         })
         .collect();
     match checked {
@@ -112,15 +122,57 @@ fn check_token(
     let batch = Batch::from(x);
     let logits = router::router_logits(config, weights, &batch);
     let mut routed = router::route(config, weights, logits.clone(), &batch);
-    let sorted = |experts: &[u32]| {
-        let mut sorted = experts.to_vec();
-        sorted.sort_unstable();
-        sorted
-    };
     if sorted(chosen) != sorted(&routed.topk_experts) {
         accept_near_tie(&routed.router_logits, &routed.topk_experts, chosen)?;
         routed = router::route_with(config, weights, logits, Some(chosen), &batch);
     }
+    deviation(config, weights, x, y, routed)
+}
+
+/// As [`check_token`] with the routing that the reference found for the token among the others.
+fn check_token_of_batch(
+    config: &MoeConfig,
+    weights: &MoeWeights,
+    x: &[f32],
+    y: &[f32],
+    chosen: &[u32],
+    routed: Router,
+) -> Result<Deviation, String> {
+    if sorted(chosen) != sorted(&routed.topk_experts) {
+        return Err(format!("experts {chosen:?} were chosen, expected {:?}", routed.topk_experts));
+    }
+    deviation(config, weights, x, y, routed)
+}
+
+/// Token `t` of `num_tokens`.
+fn of_token(whole: &Router, t: usize, num_tokens: usize) -> Router {
+    fn row<T: Clone>(values: &[T], t: usize, num_tokens: usize) -> Vec<T> {
+        let width = values.len() / num_tokens;
+        values[t * width..][..width].to_vec()
+    }
+    Router {
+        router_logits: row(&whole.router_logits, t, num_tokens),
+        router_probs: row(&whole.router_probs, t, num_tokens),
+        topk_experts: row(&whole.topk_experts, t, num_tokens),
+        topk_weights: row(&whole.topk_weights, t, num_tokens),
+        shared_weights: row(&whole.shared_weights, t, num_tokens),
+        first_scores: row(&whole.first_scores, t, num_tokens),
+    }
+}
+
+fn sorted(experts: &[u32]) -> Vec<u32> {
+    let mut sorted = experts.to_vec();
+    sorted.sort_unstable();
+    sorted
+}
+
+fn deviation(
+    config: &MoeConfig,
+    weights: &MoeWeights,
+    x: &[f32],
+    y: &[f32],
+    routed: Router,
+) -> Result<Deviation, String> {
     let expected = reference::forward_with_routing(config, weights, x, routed).y;
     // Maxima pass over NaN, so it has to be looked for.
     if expected.iter().any(|v| !v.is_finite()) {
@@ -162,7 +214,7 @@ fn judge(tokens: &[usize], deviations: &[Deviation]) -> Verification {
 mod tests {
     use super::*;
     use crate::bench::Workload;
-    use crate::{Activation, Routing};
+    use crate::{Activation, Capacity, CapacityLimit, DROPPED, Priority, Routing};
 
     fn case() -> (Workload, Vec<f32>, Vec<f32>, RoutingDecision) {
         let routing = Routing::softmax(true);
@@ -215,6 +267,31 @@ mod tests {
         }
         routing.topk_experts.pop();
         assert!(reason(&y, &routing, &workload, &x).contains("assignments"));
+    }
+
+    #[test]
+    fn what_a_capacity_drops_depends_on_the_whole_batch() {
+        let capacity = Capacity {
+            limit: CapacityLimit::Number(2),
+            per_sequence: false,
+            priority: Priority::Position,
+            renormalize_after: false,
+            pass_through: false,
+        };
+        let routing = Routing { capacity: Some(capacity), ..Routing::softmax(false) };
+        let config = MoeConfig::new(48, 20, 4, 1, routing, Activation::SWIGLU).expect("valid sizes");
+        let workload = Workload::new(config, 0.0, 9).expect("small");
+        let x = workload.input(11).expect("small");
+        let forward = reference::moe_forward(&workload.config, &workload.weights, &x);
+        let y: Vec<f32> = forward.y.iter().map(|&v| v as f32).collect();
+        let topk_experts = forward.router.topk_experts;
+        let dropped = topk_experts.iter().position(|&e| e == DROPPED).expect("11 tokens, 8 places");
+        let mut routing = RoutingDecision { num_tokens: 11, topk_experts, ..RoutingDecision::default() };
+        let found = verify(&workload.config, &workload.weights, &x, &y, &routing);
+        assert!(found.passed() && found.tokens_checked == 11, "{found:?}");
+        // One that should have been dropped was not.
+        routing.topk_experts[dropped] = 0;
+        assert!(reason(&y, &routing, &workload, &x).contains("were chosen, expected"));
     }
 
     #[test]

@@ -14,8 +14,9 @@
 
 use crate::bench::memory;
 use crate::error::{Error, Result};
-use crate::model::config::MoeConfig;
-use crate::model::weights::MoeWeights;
+use crate::model::config::{LayerExtras, MoeConfig};
+use crate::model::routing::{Noise, Routing, Scores};
+use crate::model::weights::{ExtraWeights, MoeWeights};
 use rayon::prelude::*;
 
 /// Length of each router row, and so the size of the logits of noise. Small, because an f32 logit is off by its size
@@ -26,6 +27,11 @@ const FIRST_LOGIT: f32 = 12.0;
 /// The last one's logit as a fraction of the first's: far enough from noise, close enough that every choice counts.
 const LAST_LOGIT: f32 = 0.75;
 
+/// Largest bias of a logit, and of what sigmoids and an expert's projections give: felt, but no match for a choice.
+const BIAS: f32 = 0.05;
+/// Largest bias of softmax scores, which are as small as the last choice's share.
+const SOFTMAX_BIAS: f32 = 0.001;
+
 /// Which tensor a random number is for: part of the generator's key.
 #[derive(Clone, Copy)]
 enum Tensor {
@@ -35,6 +41,31 @@ enum Tensor {
     Down,
     Noise,
     Experts,
+    SharedGateProj,
+    SharedUp,
+    SharedDown,
+    SharedGate,
+    RouterBias,
+    SelectionBias,
+    GateBias,
+    UpBias,
+    DownBias,
+}
+
+/// Biases that a layer has. Its configuration does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Biases {
+    /// Of the router's logits.
+    pub router: bool,
+    /// Of what experts are ranked by, and not of their weights.
+    pub selection: bool,
+    /// Of each projection of the experts.
+    pub experts: bool,
+}
+
+impl Biases {
+    /// None at all.
+    pub const NONE: Biases = Biases { router: false, selection: false, experts: false };
 }
 
 /// A layer's weights together with a source of inputs for it.
@@ -47,6 +78,8 @@ pub struct Workload {
     /// Exponent of the Zipf distribution over experts: 0 is uniform, 1 gives expert e a share of 1 / (e + 1).
     pub skew: f64,
     seed: u64,
+    /// Experts of each token, best first, `[tokens, top_k]`, from the first on and over again, instead of drawn ones.
+    recorded: Option<Vec<u32>>,
 }
 
 impl Workload {
@@ -55,9 +88,13 @@ impl Workload {
         if !(skew.is_finite() && skew >= 0.0) {
             return Err(Error::config("skew", skew, "a number from 0 (uniform) up"));
         }
+        check_supported(&config)?;
         let [h, i, e] = [config.hidden_size(), config.intermediate_size(), config.num_experts()].map(u64::from);
+        let shared = config.extras().shared;
+        let s = shared.map_or(0, |shared| u64::from(shared.num) * u64::from(shared.intermediate_size));
         // u128: the largest valid sizes give 2^52 bytes, but the error must be right for whatever sizes come next.
-        let bytes = 4 * (3 * u128::from(h) * u128::from(i) * u128::from(e) + u128::from(h) * u128::from(e));
+        let wide = |n: u64| u128::from(n);
+        let bytes = 4 * wide(h) * (3 * (wide(i) * wide(e) + wide(s)) + wide(e));
         memory::check("the layer's f32 weights", u64::try_from(bytes).unwrap_or(u64::MAX))?;
 
         let tensor = |tensor, len: u64, fan_in: u64, gain: f32| {
@@ -65,16 +102,78 @@ impl Workload {
             let scale = power_of_two(gain / 148.0 / (fan_in as f32).sqrt());
             random_weights(seed, tensor, len as usize, scale)
         };
+        let gated = |is_gated: bool, len: u64| if is_gated { len } else { 0 };
+        let (is_gated, shared_is_gated) =
+            (config.activation().is_gated(), shared.is_some_and(|shared| shared.activation.is_gated()));
+        let gates = u64::from(config.num_gated_shared());
+        let shared_width = shared.map_or(1, |shared| u64::from(shared.intermediate_size));
         let weights = MoeWeights {
             router: router_rows(seed, e as usize, h as usize),
             router_bias: None,
-            gate_proj: tensor(Tensor::Gate, e * i * h, h, 1.0),
+            gate_proj: tensor(Tensor::Gate, gated(is_gated, e * i * h), h, 1.0),
             up_proj: tensor(Tensor::Up, e * i * h, h, 1.0),
             // silu(gate) * up of unit normals has a root mean square near 0.6.
             down_proj: tensor(Tensor::Down, e * h * i, i, 1.6),
-            ..MoeWeights::default()
+            extras: ExtraWeights {
+                shared_gate_proj: tensor(Tensor::SharedGateProj, gated(shared_is_gated, s * h), h, 1.0),
+                shared_up_proj: tensor(Tensor::SharedUp, s * h, h, 1.0),
+                shared_down_proj: tensor(Tensor::SharedDown, h * s, shared_width, 1.6),
+                shared_gate: (gates > 0).then(|| tensor(Tensor::SharedGate, gates * h, h, 1.0)),
+                ..ExtraWeights::default()
+            },
         };
-        Ok(Workload { config, weights, skew, seed })
+        Ok(Workload { config, weights, skew, seed, recorded: None })
+    }
+
+    /// The same layer with these biases: small ones, so that tokens still choose the experts that they are meant for.
+    pub fn with_biases(mut self, biases: Biases) -> Workload {
+        let config = &self.config;
+        let [h, i, e] = [config.expert_size(), config.intermediate_size(), config.num_experts()].map(|n| n as usize);
+        let bias = |there: bool, tensor, len, largest: f32| {
+            there.then(|| random_weights(self.seed, tensor, len, power_of_two(largest / 255.0)))
+        };
+        let selection = match config.routing().scores {
+            Scores::Softmax => SOFTMAX_BIAS,
+            _ => BIAS,
+        };
+        let extras = &mut self.weights.extras;
+        self.weights.router_bias = bias(biases.router, Tensor::RouterBias, e, BIAS);
+        extras.selection_bias = bias(biases.selection, Tensor::SelectionBias, e, selection);
+        extras.gate_bias = bias(biases.experts && config.activation().is_gated(), Tensor::GateBias, e * i, BIAS);
+        extras.up_bias = bias(biases.experts, Tensor::UpBias, e * i, BIAS);
+        extras.down_bias = bias(biases.experts, Tensor::DownBias, e * h, BIAS);
+        self
+    }
+
+    /// The same layer with tokens that choose these experts, `[tokens, top_k]`, best first; after the last the first
+    /// again.
+    pub fn with_choices(mut self, choices: &[i32]) -> Result<Workload> {
+        let (e, k) = (self.config.num_experts(), self.config.top_k() as usize);
+        if choices.is_empty() || !choices.len().is_multiple_of(k) {
+            return Err(Error::config("choices", choices.len(), format!("a multiple of top_k, {k}, from there up")));
+        }
+        let mut recorded = Vec::with_capacity(choices.len());
+        for token in choices.chunks_exact(k) {
+            let ids: Vec<u32> = token.iter().filter_map(|&id| u32::try_from(id).ok().filter(|&id| id < e)).collect();
+            if ids.len() < k || (0..k).any(|j| ids[..j].contains(&ids[j])) {
+                let expected = format!("different experts from 0 to {}: no router chooses nobody, or one twice", e - 1);
+                return Err(Error::config("choices", format!("{token:?}"), expected));
+            }
+            recorded.extend(ids);
+        }
+        self.recorded = Some(recorded);
+        Ok(self)
+    }
+
+    /// Whether tokens choose as somebody else's did.
+    pub fn is_recorded(&self) -> bool {
+        self.recorded.is_some()
+    }
+
+    /// The experts that token `t` is meant for, best first.
+    pub fn meant_for(&self, t: usize) -> Vec<u32> {
+        let shares = zipf(self.config.num_experts() as usize, self.skew);
+        self.intended_experts(t, &shares).into_iter().map(|e| e as u32).collect()
     }
 
     /// Activations `[num_tokens, hidden_size]`. A token is the same in every batch that it is part of.
@@ -108,8 +207,14 @@ impl Workload {
     }
 
     /// `top_k` different experts, drawn in proportion to `shares`: the largest of `share^(1/u)`-like keys
-    /// (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir").
+    /// (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"). Where a token keeps only some groups of
+    /// experts, those of the first experts drawn.
     fn intended_experts(&self, t: usize, shares: &[f64]) -> Vec<usize> {
+        let top_k = self.config.top_k() as usize;
+        if let Some(recorded) = &self.recorded {
+            let tokens = recorded.len() / top_k;
+            return recorded[t % tokens * top_k..][..top_k].iter().map(|&e| e as usize).collect();
+        }
         let key = |e: usize| {
             let bits = random(self.seed, Tensor::Experts, (t * shares.len() + e) as u64);
             let uniform = ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
@@ -117,8 +222,44 @@ impl Workload {
         };
         let mut keyed: Vec<(f64, usize)> = (0..shares.len()).map(|e| (key(e), e)).collect();
         keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
-        keyed.iter().take(self.config.top_k() as usize).map(|&(_, e)| e).collect()
+        let (size, keep) = self
+            .config
+            .routing()
+            .groups
+            .map_or((shares.len(), 1), |groups| (shares.len() / groups.num_groups as usize, groups.keep as usize));
+        let mut kept: Vec<usize> = Vec::new();
+        let mut intended = Vec::with_capacity(top_k);
+        for &(_, e) in &keyed {
+            let is_kept = kept.contains(&(e / size));
+            if !is_kept && kept.len() == keep {
+                continue;
+            }
+            if !is_kept {
+                kept.push(e / size);
+            }
+            intended.push(e);
+            if intended.len() == top_k {
+                break;
+            }
+        }
+        intended
     }
+}
+
+/// Layers whose every tensor is made here.
+fn check_supported(config: &MoeConfig) -> Result<()> {
+    let extras = config.extras();
+    let Routing { scores, noise, selection, .. } = config.routing();
+    let plain = LayerExtras { shared: extras.shared, routed_scale: extras.routed_scale, ..LayerExtras::default() };
+    let needs_no_more = noise != Noise::NoisyTopK && scores != Scores::Hierarchical;
+    if *extras == plain && needs_no_more && !config.routing().choices_are_given() {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("a workload for {selection:?} with {extras:?}"),
+        by: "by the generator".to_owned(),
+        hint: "it makes layers whose tokens choose by logits, with shared experts and biases at most".to_owned(),
+    })
 }
 
 /// Share of each expert: `(e + 1)^-skew`, normalised, but never so small that a logarithm divided by it overflows.
@@ -180,8 +321,9 @@ fn router_rows(seed: u64, rows: usize, width: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::presets::{self, Preset};
     use crate::reference;
-    use crate::{Activation, Batch, Routing, WeightFormat};
+    use crate::{Activation, Batch, Routing, SharedExperts, WeightFormat};
 
     fn config(h: u32, i: u32, e: u32, k: u32) -> MoeConfig {
         let routing = Routing::softmax(true);
@@ -262,6 +404,64 @@ mod tests {
         let other = Workload::new(config(32, 8, 4, 2), 0.5, 7).expect("small");
         assert_ne!(workload.weights, other.weights);
         assert_ne!(one, other.input(1).expect("small"));
+    }
+
+    /// Tokens of which every one chooses the experts that it is meant for.
+    fn assert_as_meant(workload: &Workload, num_tokens: usize) {
+        let x = workload.input(num_tokens as u32).expect("fits in memory");
+        let routed = reference::router::router(&workload.config, &workload.weights, &Batch::from(&x));
+        let top_k = workload.config.top_k() as usize;
+        for (t, chosen) in routed.topk_experts.chunks_exact(top_k).enumerate() {
+            let (mut chosen, mut meant) = (chosen.to_vec(), workload.meant_for(t));
+            chosen.sort_unstable();
+            meant.sort_unstable();
+            assert_eq!(chosen, meant, "token {t}");
+        }
+    }
+
+    /// A preset's router, with experts that are as small as they get.
+    fn router_of(preset: &Preset) -> Workload {
+        let shared = preset.shared.map(|shared| SharedExperts { intermediate_size: 1, ..shared });
+        let config = Preset { intermediate_size: 1, shared, ..*preset }.config().expect("still a layer");
+        Workload::new(config, 0.0, 7).expect("small").with_biases(preset.biases)
+    }
+
+    #[test]
+    fn the_routers_of_all_presets_choose_the_experts_that_are_meant() {
+        for preset in presets::ALL {
+            let workload = router_of(preset);
+            workload.weights.validate(&workload.config, WeightFormat::F32).expect(preset.name);
+            assert_as_meant(&workload, 24);
+        }
+    }
+
+    #[test]
+    fn recorded_choices_are_made_again() {
+        for name in ["olmoe-1b-7b", "gpt-oss-20b"] {
+            let workload = router_of(&Preset::find(name).expect("a preset"));
+            let (e, k) = (workload.config.num_experts(), workload.config.top_k());
+            // A stride that has no divisor in common with the experts.
+            let choices: Vec<u32> = (0..5).flat_map(|t| (0..k).map(move |j| (t * 3 + j * 7) % e)).collect();
+            let ids: Vec<i32> = choices.iter().map(|&id| id as i32).collect();
+            let workload = workload.with_choices(&ids).expect("different experts");
+            assert_as_meant(&workload, 12);
+            assert_eq!(
+                [workload.meant_for(0), workload.meant_for(6)].concat(),
+                [&choices[..k as usize], &choices[k as usize..][..k as usize]].concat()
+            );
+        }
+        let bad = |choices: &[i32]| Workload::new(config(8, 8, 4, 2), 0.0, 1).expect("small").with_choices(choices);
+        for choices in [&[][..], &[1], &[1, 1], &[0, 4], &[2, -1]] {
+            assert!(matches!(bad(choices), Err(Error::InvalidConfig { field: "choices", .. })), "{choices:?}");
+        }
+        assert!(bad(&[0, 3]).is_ok_and(|workload| workload.is_recorded()));
+    }
+
+    #[test]
+    fn layers_with_tensors_that_nobody_makes_are_refused() {
+        let latent = LayerExtras { latent_size: Some(4), ..LayerExtras::default() };
+        let config = config(8, 8, 2, 1).with_extras(latent).expect("a layer");
+        assert!(matches!(Workload::new(config, 0.0, 0), Err(Error::Unsupported { .. })));
     }
 
     #[test]

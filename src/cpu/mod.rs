@@ -33,7 +33,7 @@ mod words;
 
 pub(crate) use load::weight_bytes;
 pub use roofline::{Roofline, roofline};
-pub(crate) use roofline::{dense_matmul, rows_times_rows};
+pub(crate) use roofline::{dense_matmul, fold, rows_times_rows};
 pub use statistics::statistics;
 
 use crate::error::{Error, Result};

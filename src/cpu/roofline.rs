@@ -73,13 +73,16 @@ fn multiply([m, n, k]: [usize; 3], a: &[f32], b: &[f32], strides: [usize; 2], c:
 /// The best rate of folding this many words into one.
 fn read_gbytes_per_s(len: usize) -> f64 {
     let values = vec![1u32; len];
-    let simd = pulp::Arch::new();
-    let sum =
-        || values.par_chunks(1 << 15).map(|part| simd.dispatch(|| part.iter().fold(0u32, |a, &b| a ^ b))).sum::<u32>();
     let seconds = best(Duration::from_millis(200), || {
-        std::hint::black_box(sum());
+        std::hint::black_box(fold(&values));
     });
     (len * size_of::<u32>()) as f64 / seconds / 1e9
+}
+
+/// Reads all of `values`, on all threads.
+pub(crate) fn fold(values: &[u32]) -> u32 {
+    let simd = pulp::Arch::new();
+    values.par_chunks(1 << 15).map(|part| simd.dispatch(|| part.iter().fold(0u32, |a, &b| a ^ b))).sum()
 }
 
 /// Seconds of the fastest run within `budget`, after one that warms up.

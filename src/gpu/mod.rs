@@ -15,6 +15,7 @@ pub mod weights;
 pub use adapter::{AdapterFacts, DeviceChoice, DeviceInfo, adapters};
 pub use context::Gpu;
 pub use layer::ResidencyStats;
+pub(crate) use probe::Yard;
 pub use recorder::{PassStats, StageTime};
 
 /// wgpu's types that appear in this crate's interface.

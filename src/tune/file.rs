@@ -174,7 +174,7 @@ pub(super) fn today() -> String {
 }
 
 /// Days since 1970-01-01 as a date of the Gregorian calendar, whose leap years repeat every 400 years.
-fn date_of(mut days: u64) -> String {
+pub(crate) fn date_of(mut days: u64) -> String {
     let is_leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
     let mut year = 1970;
     while days >= 365 + u64::from(is_leap(year)) {

@@ -20,6 +20,7 @@ mod jobs;
 mod race;
 
 pub use file::SCHEMA;
+pub(crate) use file::date_of;
 pub use jobs::{DEFAULT_FORMATS, DEFAULT_TOKENS, Job, default_presets, jobs};
 
 use crate::bench::Workload;

@@ -1,9 +1,10 @@
 //! What `wgmoe bench` prints.
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets::UTF8_HORIZONTAL_ONLY};
+use std::time::Duration;
 use wgmoe::Roofline;
-use wgmoe::bench::RouterTime;
-use wgmoe::bench::results::{Failure, FirstResult, Row, StageResult};
+use wgmoe::bench::results::{Failure, FirstResult, Row, StageResult, YardstickResult};
+use wgmoe::bench::{Interval, RouterTime};
 
 /// A table of numbers: one line each, the first column to the left.
 pub fn plain_table(header: &[&str]) -> Table {
@@ -28,6 +29,9 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&Fir
     let mut text = format!("\n{title}\n");
     if !rows.is_empty() {
         text.push_str(&format!("{}\n", batches(rows)));
+        if rows.iter().any(drifted) {
+            text.push_str("~ the machine was faster or slower than usual during some of these rounds\n");
+        }
     }
     if let Some(first) = first {
         text.push_str(&format!("{}\n", first_result(first)));
@@ -44,6 +48,30 @@ pub fn layer(title: &str, rows: &[Row], failures: &[Failure], first: Option<&Fir
         text.push_str(&format!("FAILED  {tokens}{}\n", failure.reason));
     }
     text
+}
+
+fn drifted(row: &Row) -> bool {
+    row.timing.as_ref().is_some_and(|timing| timing.drifted)
+}
+
+/// The yardstick in one line.
+pub fn yardstick(yardstick: &YardstickResult) -> String {
+    let YardstickResult { median_s, fast_s, slow_s, times, .. } = yardstick;
+    format!(
+        "yardstick: {}, most runs {} ({} runs of a fixed piece of work in between, by which `wgmoe compare` compares)",
+        seconds(*median_s),
+        range(Interval { low: *fast_s, high: *slow_s }),
+        times.len(),
+    )
+}
+
+/// Both ends, with one unit where they share it.
+pub fn range(interval: Interval) -> String {
+    let [low, high] = [interval.low, interval.high].map(seconds);
+    match (low.split_once(' '), high.split_once(' ')) {
+        (Some((number, low_unit)), Some((_, high_unit))) if low_unit == high_unit => format!("{number}..{high}"),
+        _ => format!("{low}..{high}"),
+    }
 }
 
 /// Cold with its parts, then warm.
@@ -91,7 +119,8 @@ fn batches(rows: &[Row]) -> Table {
     let mut header = vec![
         "tokens",
         "time",
-        "fastest",
+        "95 % within",
+        "outliers",
         "GFLOP/s",
         "GB/s",
         "of read",
@@ -107,8 +136,11 @@ fn batches(rows: &[Row]) -> Table {
     for row in rows {
         let mut cells = vec![
             row.tokens.to_string(),
-            seconds(row.median_s),
-            seconds(row.min_s),
+            format!("{}{}", seconds(row.median_s), if drifted(row) { " ~" } else { "" }),
+            row.timing.as_ref().map_or("-".to_owned(), |timing| range(timing.interval_s)),
+            row.timing
+                .as_ref()
+                .map_or("-".to_owned(), |timing| format!("{} of {}", timing.outliers, timing.rounds.len())),
             number(row.gflops),
             number(row.gbytes_per_s),
             row.read_fraction.map_or("-".to_owned(), percent),
@@ -227,6 +259,14 @@ fn stage_cell(stage: &StageResult, whole: f64) -> Option<String> {
     Some(cell)
 }
 
+/// Seconds, or minutes and seconds.
+pub fn duration(duration: Duration) -> String {
+    match duration.as_secs_f64().ceil() as u64 {
+        seconds if seconds < 120 => format!("{seconds} s"),
+        seconds => format!("{} min {} s", seconds / 60, seconds % 60),
+    }
+}
+
 /// Three significant digits and a unit that fits.
 pub fn seconds(seconds: f64) -> String {
     let (value, unit) = match seconds {
@@ -266,6 +306,18 @@ mod tests {
         let cold = "first result: 1.90 s cold (device 100 ms, weights 600 ms, kernels and first pass 1.20 s)";
         assert_eq!(first_result(&first), format!("{cold}, 615 ms warm"));
         assert_eq!(first_result(&FirstResult { warm: None, ..first }), cold);
+    }
+
+    #[test]
+    fn durations_have_whole_seconds() {
+        assert_eq!(duration(Duration::from_millis(71_200)), "72 s");
+        assert_eq!(duration(Duration::from_secs(421)), "7 min 1 s");
+    }
+
+    #[test]
+    fn ranges_say_their_unit_once() {
+        assert_eq!(range(Interval { low: 0.0011, high: 0.0023 }), "1.10..2.30 ms");
+        assert_eq!(range(Interval { low: 0.9, high: 1.5 }), "900 ms..1.50 s");
     }
 
     #[test]

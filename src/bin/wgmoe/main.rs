@@ -5,12 +5,14 @@
 //! | code | meaning |
 //! |---|---|
 //! | 0 | done; for `check` and `bench`: and everything was right |
-//! | 1 | something was wrong or went wrong: a failed or unsupported case, a wrong result, a file whose content cannot be used, a device that failed |
+//! | 1 | something was wrong or went wrong: a failed or unsupported case, a wrong result, a row that `compare --fail-over` found slower, a file whose content cannot be used, a device that failed |
 //! | 2 | the arguments cannot be used: unknown options, names and devices, values out of range, paths that do not exist |
+//! | 130 | `bench` was interrupted by Ctrl-C; what was measured by then is printed and written |
 
 mod bench;
 mod bench_table;
 mod check;
+mod compare;
 mod families;
 mod info;
 mod inspect;
@@ -34,7 +36,7 @@ use wgmoe::{Context, DeviceChoice, GpuMemory, LayerOptions, MatmulVariant, Weigh
 const DEVICE_VARIABLE: &str = "WGMOE_ADAPTER";
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done and right; 1 something was wrong or failed; 2 the arguments cannot be used.
+Exit codes: 0 done and right; 1 something was wrong or failed; 2 the arguments cannot be used; 130 interrupted.
 Environment: WGMOE_ADAPTER chooses the device where --device does not; WGMOE_TUNING the tuning where --tuning does not; \
 NO_COLOR turns colours off.
 
@@ -65,6 +67,7 @@ enum Command {
     Info(info::Args),
     Bench(bench::Args),
     Check(check::Args),
+    Compare(compare::Args),
     Families(families::Args),
     Inspect(inspect::Args),
     Plan(plan::Args),
@@ -74,11 +77,15 @@ enum Command {
     Tune(tune::Args),
 }
 
+/// Exit code of a run that Ctrl-C ended: 128 and the signal's number, as shells have it.
+const INTERRUPTED: u8 = 130;
+
 /// Whether everything that was looked at was right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Right,
     Wrong,
+    Interrupted,
 }
 
 /// Arguments that cannot be used: exit code 2.
@@ -103,6 +110,7 @@ fn main() -> ExitCode {
     match execute(&cli, &mut output) {
         Ok(Verdict::Right) => ExitCode::SUCCESS,
         Ok(Verdict::Wrong) => ExitCode::from(1),
+        Ok(Verdict::Interrupted) => ExitCode::from(INTERRUPTED),
         Err(error) => {
             output::report(&error);
             let arguments = error.is::<Unusable>()
@@ -119,6 +127,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Info(args) => info::execute(args, device()?, output),
         Command::Bench(args) => bench::execute(args, device()?, output),
         Command::Check(args) => check::execute(args, device()?, output),
+        Command::Compare(args) => compare::execute(args, output),
         Command::Families(args) => families::execute(args, output),
         Command::Inspect(args) => inspect::execute(args, device()?, output),
         Command::Plan(args) => plan::execute(args, cli.device.as_deref(), output),

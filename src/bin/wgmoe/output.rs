@@ -5,20 +5,23 @@
 use crate::{must_be_writable, unusable};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use std::cell::Cell;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use wgmoe::bench::results::write_json;
 
 /// Standard output and error, and the JSON file.
 pub struct Output {
     json: Option<PathBuf>,
+    /// Which option has standard output for what it writes, other than `--json`.
+    taken: Option<&'static str>,
     reader_left: bool,
 }
 
 impl Output {
     pub fn new(json: Option<PathBuf>) -> Self {
-        Output { json, reader_left: false }
+        Output { json, taken: None, reader_left: false }
     }
 
     /// Refuses a `--json` that could not be written, before any work.
@@ -30,6 +33,16 @@ impl Output {
         }
     }
 
+    /// From here on standard output is for what `option` writes, and words go to standard error.
+    pub fn take_stdout(&mut self, option: &'static str) -> anyhow::Result<()> {
+        let other = self.taken.or(self.json_on_stdout().then_some("--json"));
+        if let Some(other) = other {
+            return Err(unusable(format!("{option} -: {other} has standard output already; give one of them a file")));
+        }
+        self.taken = Some(option);
+        Ok(())
+    }
+
     fn json_on_stdout(&self) -> bool {
         self.json.as_deref() == Some(Path::new("-"))
     }
@@ -37,7 +50,7 @@ impl Output {
     /// One line, or several, for people.
     pub fn line(&mut self, text: &str) {
         let text = format!("{text}\n");
-        if self.json_on_stdout() {
+        if self.json_on_stdout() || self.taken.is_some() {
             // Standard error is the last resort; there is nobody left to tell.
             let _ = std::io::stderr().lock().write_all(text.as_bytes());
         } else {
@@ -82,39 +95,57 @@ impl Output {
 }
 
 /// A line of progress on standard error. It shows on terminals only and leaves nothing behind.
-pub struct Status(ProgressBar);
+pub struct Status {
+    bar: ProgressBar,
+    /// When it will be over, if somebody knows.
+    end: Cell<Option<Instant>>,
+    began: Instant,
+}
 
 impl Status {
     pub fn new() -> Self {
         let bar = ProgressBar::new_spinner();
         bar.set_style(ProgressStyle::with_template("{spinner} {wide_msg} {elapsed}").expect("the template is fixed"));
         bar.enable_steady_tick(Duration::from_millis(120));
-        Status(bar)
+        Status { bar, end: Cell::new(None), began: Instant::now() }
+    }
+
+    /// From here on it is a bar, with what is left of this time.
+    pub fn expect(&self, left: Duration) {
+        let template = "{bar:24} {prefix} {wide_msg} {elapsed}";
+        self.bar.set_style(ProgressStyle::with_template(template).expect("the template is fixed"));
+        self.end.set(Some(Instant::now() + left));
     }
 
     pub fn set(&self, message: impl Into<String>) {
-        self.0.set_message(message.into());
+        if let Some(end) = self.end.get() {
+            let left = end.saturating_duration_since(Instant::now());
+            self.bar.set_length((end - self.began).as_millis() as u64);
+            self.bar.set_position(self.began.elapsed().as_millis() as u64);
+            self.bar.set_prefix(format!("about {} s left,", left.as_secs()));
+        }
+        self.bar.set_message(message.into());
     }
 
     /// Nothing else wakes up while it is timed.
     pub fn quiet(&self) {
-        self.0.disable_steady_tick();
-        self.0.tick();
+        self.bar.disable_steady_tick();
+        self.bar.tick();
     }
 
     pub fn lively(&self) {
-        self.0.enable_steady_tick(Duration::from_millis(120));
+        self.bar.enable_steady_tick(Duration::from_millis(120));
     }
 
     /// Lets `print` write lines without the progress line in between.
     pub fn suspend(&self, print: impl FnOnce()) {
-        self.0.suspend(print);
+        self.bar.suspend(print);
     }
 }
 
 impl Drop for Status {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
 
