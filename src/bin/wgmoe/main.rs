@@ -17,6 +17,7 @@ mod families;
 mod html;
 mod info;
 mod inspect;
+mod inspect_page;
 mod inspect_view;
 mod output;
 mod plan;
