@@ -2,7 +2,8 @@
 # Runs every test. Works from a fresh clone on a machine without a GPU: there, Mesa's lavapipe is the Vulkan driver.
 #
 #   scripts/test.sh                  all tests on the adapters found, then without any driver
-#   scripts/test.sh --swiftshader    installs SwiftShader (chromium) if it is missing, for a second software driver
+#   scripts/test.sh --swiftshader    installs SwiftShader (chromium) if it is missing: a second software driver, and the
+#                                    browser that pages are opened in
 #
 # WGMOE_REQUIRE_ADAPTER=0 scripts/test.sh goes on where there is no adapter. Without it, that is a failure:
 # tests that silently skip every kernel would pass.
@@ -15,7 +16,7 @@ install_swiftshader=no
 for option in "$@"; do
     case "$option" in
         --swiftshader) install_swiftshader=yes ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "test.sh: unknown option $option; there is: --swiftshader" >&2; exit 2 ;;
     esac
 done
@@ -106,6 +107,8 @@ if [ "$install_swiftshader" = yes ] && [ -z "$(swiftshader_icd)" ]; then
     echo "Installing SwiftShader (chromium)."
     apt_install chromium || failed+=("installing chromium")
 fi
+# Chromium brings SwiftShader, and is the browser that tests open pages in. Where it was asked for, it has to be there.
+if [ "$install_swiftshader" = yes ]; then export WGMOE_REQUIRE_BROWSER=1; fi
 
 # --- on the adapters that there are
 
@@ -158,7 +161,7 @@ if [ -n "$swiftshader" ]; then
     step "SwiftShader: tests" "${on_swiftshader[@]}" cargo test --release --no-fail-fast "${suites[@]}"
     step "SwiftShader: golden files" "${on_swiftshader[@]}" "$wgmoe" check tests/golden
 else
-    printf '\nNo SwiftShader here, so it is left out; scripts/test.sh --swiftshader installs it.\n'
+    printf '\nNo SwiftShader (chromium) here, so it is left out, and pages were opened in a browser only if there is another; scripts/test.sh --swiftshader installs it.\n'
 fi
 
 # --- without any driver: the embedded CPU engine has to take over, and say so

@@ -30,9 +30,10 @@ fn golden(name: &str) -> PathBuf {
 
 #[test]
 fn help_has_an_example_for_every_subcommand() {
-    for command in
-        ["info", "bench", "check", "compare", "families", "inspect", "plan", "quantize", "run", "shader", "tune"]
-    {
+    for command in [
+        "info", "bench", "check", "compare", "families", "inspect", "plan", "quantize", "report", "run", "shader",
+        "tune",
+    ] {
         let output = wgmoe(&[command, "--help"]);
         assert_code(&output, 0);
         let help = stdout(&output);
@@ -85,6 +86,9 @@ fn unusable_arguments_are_exit_code_2_and_name_the_argument() {
         (&["tune", "--weights", "f16,f17"], "f17"),
         (&["tune", "--weights", "int4", "--hidden", "100"], "a multiple of 32"),
         (&["tune", "--output", "no-such-folder/y.json"], "no-such-folder"),
+        (&["report", "no-such.json", "--html", "y"], "no-such.json"),
+        (&["report", "Cargo.toml", "--html", "no-such-folder/y"], "no-such-folder"),
+        (&["report", "Cargo.toml"], "--html"),
         (&["shader", "no-such-kernel"], "combine"),
         (&["shader", "combine", "--to", "glsl"], "hlsl"),
     ];

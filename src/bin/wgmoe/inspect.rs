@@ -3,7 +3,7 @@
 use crate::families::chosen;
 use crate::output::{Bytes, Output, Status};
 use crate::run::{Ids, check_shape, split_input};
-use crate::{Verdict, inspect_view, must_be_writable, must_exist, open, unusable, widen};
+use crate::{Verdict, inspect_page, inspect_view, must_be_writable, must_exist, open, unusable, widen};
 use anyhow::Context as _;
 use std::path::{Path, PathBuf};
 use wgmoe::inspect::{self, Inspection, LayerInspection};
@@ -24,6 +24,7 @@ Examples:
   wgmoe inspect model.safetensors --layer 3 --input x.safetensors
   wgmoe inspect Qwen3-30B-A3B/ --all-layers --input acts.safetensors:layers.{layer}.mlp --labels tokens.txt
   wgmoe inspect mixtral.gguf --input x.safetensors --capacity 1.25 --save-trace trace.json
+  wgmoe inspect model.safetensors --layer 3 --input x.safetensors --html experts.html
   wgmoe inspect model.safetensors --input x.safetensors --json -";
 
 /// Show who does the work in a layer: loads, weights, pairs, contributions, similar experts
@@ -54,6 +55,9 @@ pub struct Args {
     /// Write who got which tokens, for `wgmoe bench --trace`
     #[arg(long, value_name = "FILE")]
     save_trace: Option<PathBuf>,
+    /// Write a page with all of it in pictures: one file, nothing to fetch
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// For layers whose choices go by id: token ids [tokens], or experts [tokens, top_k] with -1 for nobody
     #[arg(long, value_name = "FILE[:TENSOR]")]
     ids: Option<String>,
@@ -84,8 +88,10 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         }
     }
     let labels = args.labels.as_deref().map(read_labels).transpose()?;
-    if let Some(path) = &args.save_trace {
-        must_be_writable("--save-trace", path)?;
+    for (option, path) in [("--save-trace", &args.save_trace), ("--html", &args.html)] {
+        if let Some(path) = path {
+            must_be_writable(option, path)?;
+        }
     }
     let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let checkpoint = Checkpoint::open(&args.file)?;
@@ -118,6 +124,9 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     if let Some(path) = &args.save_trace {
         inspection.trace().write(path)?;
         output.line(&format!("trace saved in {}", path.display()));
+    }
+    if let Some(path) = &args.html {
+        output.page(path, &inspect_page::page(&inspection)?)?;
     }
     output.json(&inspection)?;
     Ok(Verdict::Right)

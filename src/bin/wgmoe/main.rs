@@ -14,12 +14,15 @@ mod bench_table;
 mod check;
 mod compare;
 mod families;
+mod html;
 mod info;
 mod inspect;
+mod inspect_page;
 mod inspect_view;
 mod output;
 mod plan;
 mod quantize;
+mod report;
 mod run;
 mod shader;
 mod shell;
@@ -83,6 +86,7 @@ enum Command {
     Man(shell::Man),
     Plan(plan::Args),
     Quantize(quantize::Args),
+    Report(report::Args),
     Run(run::Args),
     Shader(shader::Args),
     Tune(tune::Args),
@@ -148,6 +152,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Man(args) => shell::man(args, output),
         Command::Plan(args) => plan::execute(args, cli.device.as_deref(), output),
         Command::Quantize(args) => quantize::execute(args, output),
+        Command::Report(args) => report::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
         Command::Tune(args) => tune::execute(args, device()?, output),

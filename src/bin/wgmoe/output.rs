@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::format::FmtSpan;
-use wgmoe::bench::results::write_json;
+use wgmoe::bench::results::{write_json, write_text};
 
 /// Standard output and error, and the JSON file.
 pub struct Output {
@@ -96,6 +96,13 @@ impl Output {
             write_json(&path, value)?;
             self.line(&format!("results saved in {}", path.display()));
         }
+        Ok(())
+    }
+
+    /// Saves a page, and says where.
+    pub fn page(&mut self, path: &Path, html: &str) -> anyhow::Result<()> {
+        write_text(path, html)?;
+        self.line(&format!("page saved in {} ({} kB)", path.display(), html.len().div_ceil(1000)));
         Ok(())
     }
 
