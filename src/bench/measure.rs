@@ -38,8 +38,9 @@ const SLOW_TO_LOAD: Duration = Duration::from_secs(5);
 const PROFILED_RUNS: usize = 5;
 /// Share of a row's time that goes to warming up, at most, and to its stages.
 const WARM_UP_SHARE: u32 = 4;
-/// The yardstick runs for this share of a long pass: it says more about it then.
-const YARDSTICK_SHARE: u32 = 20;
+/// The yardstick runs for this share of a long pass before it and after it: a short burst says little about a pass that
+/// others interrupted many times.
+const YARDSTICK_SHARE: u32 = 4;
 
 /// How to measure.
 #[derive(Clone)]
@@ -327,7 +328,7 @@ impl<'a> Bench<'a> {
         let yardstick = once / YARDSTICK_SHARE;
         let least = if once > SLOW { 2 } else { LEAST_ROUNDS };
         // One more for the pass that finds the input moved, and the yardstick.
-        let round = once * (passes as u32 + 1) + yardstick;
+        let round = once * (passes as u32 + 1) + yardstick * 2;
         Rounds { rounds: stats::runs_within(self.slice, round, least, MOST_ROUNDS), passes, yardstick }
     }
 
@@ -712,10 +713,13 @@ mod tests {
         let context = Context::new(&DeviceChoice::Cpu).expect("the CPU engine is always there");
         let bench = Bench { slice: Duration::from_secs(2), ..Bench::new(&context) };
         let plan = |micros| bench.plan_rounds(Duration::from_micros(micros));
-        assert_eq!(plan(10), Rounds { rounds: MOST_ROUNDS, passes: MOST_PASSES, yardstick: Duration::from_nanos(500) });
+        assert_eq!(
+            plan(10),
+            Rounds { rounds: MOST_ROUNDS, passes: MOST_PASSES, yardstick: Duration::from_nanos(2500) }
+        );
         assert_eq!(plan(10_000).passes, 2);
         let second = plan(1_000_000);
-        assert_eq!(second, Rounds { rounds: LEAST_ROUNDS, passes: 1, yardstick: Duration::from_millis(50) });
+        assert_eq!(second, Rounds { rounds: LEAST_ROUNDS, passes: 1, yardstick: Duration::from_millis(250) });
         assert_eq!(plan(10_000_000).rounds, 2);
         let counted = Bench { runs: Some(3), ..bench }.plan_rounds(Duration::from_micros(10));
         assert_eq!((counted.rounds, counted.passes), (3, 1));

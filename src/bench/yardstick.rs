@@ -64,14 +64,15 @@ impl<'a> Yardstick<'a> {
         Ok(seconds)
     }
 
-    /// As [`Yardstick::time`], for as long as this, at least once: the median.
+    /// As [`Yardstick::time`], for as long as this, at least once: the mean, as what interrupts a long pass adds up, too.
     pub fn time_for(&mut self, duration: Duration) -> Result<f64> {
         let begin = Instant::now();
-        let mut seconds = vec![self.time()?];
+        let (mut seconds, mut runs) = (self.time()?, 1.0);
         while begin.elapsed() < duration {
-            seconds.push(self.time()?);
+            seconds += self.time()?;
+            runs += 1.0;
         }
-        Ok(stats::median_of(&seconds))
+        Ok(seconds / runs)
     }
 
     fn run(&mut self) -> Result<()> {
