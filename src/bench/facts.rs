@@ -110,7 +110,7 @@ mod tests {
         assert_eq!(value_of(text, "governor"), None);
         assert_eq!(line_of("/no/such/file", first_line), None);
         let facts = Facts::now();
-        assert!(facts.began > "2026".to_owned() && facts.os.contains(std::env::consts::ARCH), "{facts:?}");
+        assert!(facts.began.as_str() > "2026" && facts.os.contains(std::env::consts::ARCH), "{facts:?}");
     }
 
     #[test]

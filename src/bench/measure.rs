@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// Batches from this size on are compared with a dense matmul: below, a dense matmul is a matrix-vector product.
 const DENSE_FROM_TOKENS: u32 = 64;
 /// Fewest rounds, unless one pass alone takes longer than [`SLOW`].
-pub(super) const LEAST_ROUNDS: usize = 7;
+pub(super) const LEAST_ROUNDS: usize = 11;
 /// Most rounds: the median of more is no better.
 const MOST_ROUNDS: usize = 60;
 /// Most passes in a round.

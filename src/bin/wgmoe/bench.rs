@@ -69,7 +69,7 @@ pub struct Args {
     matmul: Matmul,
     #[command(flatten)]
     tuning: crate::tuning::Args,
-    /// Rounds of each row, of one pass each [default: as many as fit two seconds, at least 7]
+    /// Rounds of each row, of one pass each [default: as many as fit two seconds, at least 11]
     #[arg(long, value_name = "N")]
     runs: Option<usize>,
     /// Exponent of the Zipf distribution of tokens over experts; 0 is even
