@@ -143,6 +143,9 @@ step "example bring_your_own_device" cargo run --release --quiet --example bring
 for example in adaptive_mixture hierarchical_mixture switch_transformer gshard_turing mixture_of_denoisers; do
     step "example $example" cargo run --release --quiet --example "$example"
 done
+# A package of its own, which shares what is built.
+step "example candle_block" cargo run --release --quiet --manifest-path examples/candle_block/Cargo.toml \
+    --target-dir "${CARGO_TARGET_DIR:-target}"
 step "wgmoe check: kernels" "$wgmoe" check
 step "wgmoe check: golden files" "$wgmoe" check tests/golden
 step "wgmoe families" "$wgmoe" families

@@ -16,9 +16,10 @@ fn text(bytes: &[u8]) -> String {
 fn subcommands() -> Vec<String> {
     let help = text(&wgmoe(&["--help"]).stdout);
     let list = help.split("Commands:\n").nth(1).expect("there are commands");
-    let names = list.lines().take_while(|line| !line.is_empty());
-    let names = names.filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next().map(str::to_owned));
-    names.filter(|name| name != "help").collect()
+    // A description that is wrapped goes on further to the right.
+    let lines = list.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.strip_prefix("  "));
+    let names = lines.filter(|line| !line.starts_with(' ')).filter_map(|line| line.split_whitespace().next());
+    names.filter(|name| *name != "help").map(str::to_owned).collect()
 }
 
 #[test]
