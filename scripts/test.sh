@@ -4,6 +4,7 @@
 #   scripts/test.sh                  all tests on the adapters found, then without any driver
 #   scripts/test.sh --swiftshader    installs SwiftShader (chromium) if it is missing: a second software driver, and the
 #                                    browser that pages are opened in
+#   scripts/test.sh --candle         also builds and runs examples/candle_block: some minutes, for candle
 #
 # WGMOE_REQUIRE_ADAPTER=0 scripts/test.sh goes on where there is no adapter. Without it, that is a failure:
 # tests that silently skip every kernel would pass.
@@ -13,11 +14,13 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 install_swiftshader=no
+with_candle=no
 for option in "$@"; do
     case "$option" in
         --swiftshader) install_swiftshader=yes ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        *) echo "test.sh: unknown option $option; there is: --swiftshader" >&2; exit 2 ;;
+        --candle) with_candle=yes ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "test.sh: unknown option $option; there are: --swiftshader, --candle" >&2; exit 2 ;;
     esac
 done
 
@@ -143,9 +146,13 @@ step "example bring_your_own_device" cargo run --release --quiet --example bring
 for example in adaptive_mixture hierarchical_mixture switch_transformer gshard_turing mixture_of_denoisers; do
     step "example $example" cargo run --release --quiet --example "$example"
 done
-# A package of its own, which shares what is built.
-step "example candle_block" cargo run --release --quiet --manifest-path examples/candle_block/Cargo.toml \
-    --target-dir "${CARGO_TARGET_DIR:-target}"
+if [ "$with_candle" = yes ]; then
+    # A package of its own, which shares what is built.
+    step "example candle_block" cargo run --release --quiet --manifest-path examples/candle_block/Cargo.toml \
+        --target-dir "${CARGO_TARGET_DIR:-target}"
+else
+    printf '\n=== example candle_block: left out; scripts/test.sh --candle builds it\n'
+fi
 step "wgmoe check: kernels" "$wgmoe" check
 step "wgmoe check: golden files" "$wgmoe" check tests/golden
 step "wgmoe families" "$wgmoe" families

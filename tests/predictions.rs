@@ -75,9 +75,8 @@ fn the_document_has_the_plans_predictions() {
     assert!(document.contains(&table), "docs/performance.md should have this table:\n{table}");
 }
 
-/// Workgroups that a large GPU has to have for all of its cores to be busy, and bytes below which it would not matter: 16 MiB
-/// are 5 us at 3.3 TB/s.
-const MANY_WORKGROUPS: u64 = 256;
+/// A workgroup for each multiprocessor of an H100, and bytes below which it would not matter: 16 MiB are 5 us at 3.3 TB/s.
+const MANY_WORKGROUPS: u64 = 132;
 const FEW_BYTES: u64 = 16 << 20;
 
 /// The reason why sums are not split across workgroups (docs/adr/0020).
