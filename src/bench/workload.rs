@@ -89,6 +89,11 @@ impl Workload {
             return Err(Error::config("skew", skew, "a number from 0 (uniform) up"));
         }
         check_supported(&config)?;
+        Self::without_surroundings(config, skew, seed)
+    }
+
+    /// As [`Workload::new`] for layers of any kind. What some of them need beside experts and shared experts is not there.
+    pub(crate) fn without_surroundings(config: MoeConfig, skew: f64, seed: u64) -> Result<Workload> {
         let [h, i, e] = [config.hidden_size(), config.intermediate_size(), config.num_experts()].map(u64::from);
         let shared = config.extras().shared;
         let s = shared.map_or(0, |shared| u64::from(shared.num) * u64::from(shared.intermediate_size));

@@ -31,7 +31,7 @@ pub(super) fn check(context: &Context, mut begin: impl FnMut(&str)) -> Result<Ve
     for (index, (name, config)) in layers().into_iter().enumerate() {
         begin(name);
         let config = config?;
-        let workload = Workload::new(config.clone(), 0.5, 31 + index as u64)?;
+        let workload = Workload::without_surroundings(config.clone(), 0.5, 31 + index as u64)?;
         let weights = complete(workload.weights.clone(), &config, index as u32);
         let x = workload.input(TOKENS)?;
         let token_ids: Vec<u32> = (0..TOKENS).map(|t| t * 7 % 11).collect();
