@@ -1,9 +1,11 @@
 //! Results side by side: what differs by more than the noise.
 //!
 //! On one machine times are compared in yardsticks ([`crate::bench::yardstick`]), so that a machine that was slower all
-//! along, or shared with others, does not count as a slower layer. Different machines are compared by the clock.
+//! along, or shared with others, does not count as a slower layer: by the run's usual yardstick, which many measurements make
+//! sure, and only in rounds during which the machine was faster or slower than usual by that round's own, which is one
+//! measurement. Different machines are compared by the clock.
 
-use crate::bench::results::{DeviceResult, Results, Row};
+use crate::bench::results::{DeviceResult, Results, Round, Row};
 use crate::bench::stats::{self, Interval};
 use crate::model::formats::WeightFormat;
 use serde::{Deserialize, Serialize};
@@ -14,6 +16,9 @@ const CERTAINTY: f64 = 0.95;
 /// What two runs of one build differ by for reasons that last as long as a run, such as where its buffers lie, which
 /// rounds of one run cannot show.
 pub const RUN_TO_RUN: f64 = 0.04;
+
+/// A round whose yardstick is off the run's usual one by more than this factor was on a machine of another speed.
+const OTHER_SPEED: f64 = 1.3;
 
 /// One file's rows by those of another.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,21 +101,21 @@ impl Pair {
 /// Compares each row of `other` with the row of `base` of the same layer, weights, tokens and routing.
 pub fn compare(base: &Results, other: &Results) -> Comparison {
     let in_yardsticks = is_one_machine(base, other);
+    let usual = |run: &Results| run.yardstick.as_ref().map(|yardstick| yardstick.median_s).filter(|_| in_yardsticks);
     let partner = |row: &Row, results: &'_ Results| results.rows.iter().position(|other| is_same_case(row, other));
     let pairs: Vec<(&Row, &Row)> =
         base.rows.iter().filter_map(|row| Some((row, &other.rows[partner(row, other)?]))).collect();
     let certainty = 1.0 - (1.0 - CERTAINTY) / (pairs.len() + 1) as f64;
     let times: Vec<(Vec<f64>, Vec<f64>)> =
-        pairs.iter().map(|(base, other)| (times(other, in_yardsticks), times(base, in_yardsticks))).collect();
+        pairs.iter().map(|(row, another)| (times(another, usual(other)), times(row, usual(base)))).collect();
     let alone = |rows: &[Row], others: &Results| {
         rows.iter().filter(|row| partner(row, others).is_none()).map(Row::title).collect()
     };
-    let usual = |results: &Results| results.yardstick.as_ref().map(|yardstick| yardstick.median_s);
     Comparison {
         base: base.device.clone(),
         other: other.device.clone(),
         in_yardsticks,
-        machine: usual(base).zip(usual(other)).filter(|_| in_yardsticks).map(|(base, other)| base / other),
+        machine: usual(base).zip(usual(other)).map(|(base, other)| base / other),
         rows: pairs.iter().zip(&times).map(|((base, other), times)| pair(base, other, times, certainty)).collect(),
         overall: overall(&times, certainty),
         only_in_base: alone(&base.rows, other),
@@ -132,10 +137,16 @@ fn is_same_case(a: &Row, b: &Row) -> bool {
         && (a.skew, &a.trace, places(a)) == (b.skew, &b.trace, places(b))
 }
 
-/// Of each round: in yardsticks, or in seconds.
-fn times(row: &Row, in_yardsticks: bool) -> Vec<f64> {
+/// Of each round: in yardsticks, where there is a usual one, or in seconds.
+fn times(row: &Row, usual: Option<f64>) -> Vec<f64> {
     let rounds = row.timing.as_ref().map_or(&[][..], |timing| &timing.rounds);
-    rounds.iter().map(|round| if in_yardsticks { round.in_yardsticks() } else { round.seconds }).collect()
+    let is_usual = |own: f64, usual: f64| (usual / OTHER_SPEED..=usual * OTHER_SPEED).contains(&own);
+    let time = |round: &Round| match usual {
+        None => round.seconds,
+        Some(usual) if is_usual(round.yardstick_s, usual) => round.seconds / usual,
+        Some(_) => round.in_yardsticks(),
+    };
+    rounds.iter().map(time).collect()
 }
 
 /// `times`: those of `other`, and of `base`.
@@ -185,7 +196,7 @@ mod tests {
     use super::*;
     use crate::bench::Facts;
     use crate::bench::results::tests::results;
-    use crate::bench::results::{Round, Timing, YardstickResult};
+    use crate::bench::results::{Timing, YardstickResult};
 
     /// One row of `slowness` yardsticks, give or take a few percent, on a machine of this speed.
     fn run(slowness: f64, speed: f64) -> Results {
@@ -223,6 +234,27 @@ mod tests {
         assert_eq!((comparison.in_yardsticks, comparison.machine), (false, None));
         assert_eq!(comparison.rows[0].verdict, Difference::Slower);
         assert!((comparison.rows[0].ratio - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_machine_that_changes_its_speed_in_between_is_no_slower_layer() {
+        // Twice as slow during most of the rounds, but not during most of the run.
+        let mut other = run(5.0, 1.0);
+        let timing = other.rows[0].timing.as_mut().expect("it is there");
+        timing.rounds.iter_mut().take(9).for_each(|round| {
+            round.seconds *= 2.0;
+            round.yardstick_s *= 2.0;
+        });
+        assert_eq!(only_pair(&run(5.0, 1.0), &other).verdict, Difference::None);
+        // A yardstick that scatters by itself does not matter, nor hide anything.
+        let noisy = |slowness: f64| {
+            let mut run = run(slowness, 1.0);
+            let timing = run.rows[0].timing.as_mut().expect("it is there");
+            timing.rounds.iter_mut().enumerate().for_each(|(n, round)| round.yardstick_s *= [0.8, 1.0, 1.25][n % 3]);
+            run
+        };
+        assert_eq!(only_pair(&noisy(5.0), &noisy(5.0)).verdict, Difference::None);
+        assert_eq!(only_pair(&noisy(5.0), &noisy(5.75)).verdict, Difference::Slower);
     }
 
     #[test]
