@@ -17,8 +17,8 @@ const TINY: [&str; 12] =
     ["--hidden", "64", "--intermediate", "24", "--experts", "8", "--top-k", "2", "--runs", "9", "--tokens", "1,70"];
 
 fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_wgmoe"));
-    command.args(args).env("WGMOE_ADAPTER", "cpu").stdin(Stdio::null());
+    let mut command = command::wgmoe(args);
+    command.env("WGMOE_ADAPTER", "cpu");
     command
 }
 

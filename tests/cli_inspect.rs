@@ -9,7 +9,7 @@ mod command;
 use command::{assert_code, json, stderr, stdout, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use wgmoe::model::checkpoint::{read_integers, read_tensor};
 use wgmoe::{Error, Trace};
 
@@ -29,12 +29,7 @@ const LAYERS: [(&str, &str, [&str; 3], Option<&str>); 3] = [
 const TOLERANCE: f64 = 2e-5;
 
 fn wgmoe(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_wgmoe"))
-        .args(args)
-        .env("WGMOE_ADAPTER", "cpu")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the binary should start")
+    command::wgmoe(args).env("WGMOE_ADAPTER", "cpu").output().expect("the binary should start")
 }
 
 fn golden(name: &str) -> PathBuf {

@@ -6,16 +6,10 @@ mod command;
 
 use command::{assert_code, json, stderr, stdout, text};
 use serde_json::Value;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 fn plan(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_wgmoe"))
-        .arg("plan")
-        .args(args)
-        .env_remove("WGMOE_ADAPTER")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the binary should start")
+    command::wgmoe(&[&["plan"], args].concat()).env_remove("WGMOE_ADAPTER").output().expect("the binary should start")
 }
 
 fn number(value: &Value) -> f64 {

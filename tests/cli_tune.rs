@@ -8,7 +8,7 @@ mod support;
 use command::{assert_code, json, stderr, stdout, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use support::gpu_context;
 
 /// Sizes that any machine measures in an instant.
@@ -16,8 +16,8 @@ const TINY: [&str; 8] = ["--hidden", "64", "--intermediate", "32", "--experts", 
 
 /// A folder of its own stands for the user's cache, as far as the system takes it from the environment.
 fn wgmoe(args: &[&str], cache: &Path, tuning: Option<&Path>) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_wgmoe"));
-    command.args(args).env("XDG_CACHE_HOME", cache).env_remove("WGMOE_TUNING").stdin(Stdio::null());
+    let mut command = command::wgmoe(args);
+    command.env("XDG_CACHE_HOME", cache).env_remove("WGMOE_TUNING");
     if let Some(tuning) = tuning {
         command.env("WGMOE_TUNING", tuning);
     }

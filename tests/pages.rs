@@ -14,7 +14,7 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json as value};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use wgmoe::model::checkpoint::write_tensor;
 
 /// What a driver or a file may call itself.
@@ -29,12 +29,7 @@ const VIEWS: [View; 4] = [
 ];
 
 fn wgmoe(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_wgmoe"))
-        .args(args)
-        .env("WGMOE_ADAPTER", "cpu")
-        .stdin(Stdio::null())
-        .output()
-        .expect("the binary should start")
+    command::wgmoe(args).env("WGMOE_ADAPTER", "cpu").output().expect("the binary should start")
 }
 
 /// Results of tiny layers with different numbers of experts.

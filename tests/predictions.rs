@@ -2,21 +2,17 @@
 
 use std::fmt::Write as _;
 use wgmoe::bench::presets::{self, Preset};
+use wgmoe::forecast::DeviceFacts;
 use wgmoe::kernels::matmul::MatmulChoice;
 use wgmoe::plan::predict::{Footprint, Rates};
 use wgmoe::plan::{DeviceProfile, LayerPlan, MatmulRequest, StageCost};
 use wgmoe::{MoeConfig, WeightFormat};
 
-/// Rates from public data sheets, or from widths and clocks where they say no more: workgroup memory is taken to give
-/// 128 bytes a clock to each core, compute unit or multiprocessor.
-const DEVICES: [(&str, Rates); 3] = [
-    // 96 execution units of 8 lanes at 1.3 GHz, LPDDR4X; 6 subslices
-    ("integrated (Xe-LP, 96 EU)", Rates { gflops: 2000.0, memory: 60.0, cache: 330.0, workgroup_memory: 1000.0 }),
-    // 10 cores of 128 lanes at 1.4 GHz
-    ("Apple M2, 10 cores", Rates { gflops: 3600.0, memory: 100.0, cache: 700.0, workgroup_memory: 1800.0 }),
-    // 46 multiprocessors of 128 lanes at 2.5 GHz
-    ("discrete (RTX 4070)", Rates { gflops: 29_000.0, memory: 504.0, cache: 2500.0, workgroup_memory: 14_700.0 }),
-];
+/// The devices that `wgmoe plan` knows by their data sheets, with their rates.
+fn devices() -> Vec<(String, Rates)> {
+    let of = |name| DeviceFacts::built_in(name).and_then(|facts| Some((facts.name, facts.rates?)));
+    ["xe-lp", "apple-m2", "rtx-4070"].map(|name| of(name).expect("it has a data sheet")).into()
+}
 
 /// The stages of gate_up for such a batch, and the predicted fraction of the peak that the memory alone allows.
 fn gate_up(config: &MoeConfig, format: WeightFormat, tokens: u32) -> StageCost {
@@ -26,6 +22,7 @@ fn gate_up(config: &MoeConfig, format: WeightFormat, tokens: u32) -> StageCost {
 }
 
 fn table() -> String {
+    let devices = devices();
     let preset = Preset::find("qwen3-30b-a3b").expect("it is in the list");
     let config = preset.config().expect("it is valid");
     let vec = MatmulChoice::Vec { workgroup_size: 64, k_lanes: 16, sorted: false };
@@ -36,11 +33,11 @@ fn table() -> String {
         MatmulChoice::TiledTall { tile_m: 128, tile_n: 64 },
     ];
     let mut table = "| tokens | weights | variant | registers | workgroup memory | FLOPs / requested byte |".to_owned();
-    for (name, _) in DEVICES {
+    for (name, _) in &devices {
         let _ = write!(table, " {name} |");
     }
     table.push_str("\n| ---: | --- | --- | ---: | ---: | ---: |");
-    table.push_str(&" ---: |".repeat(DEVICES.len()));
+    table.push_str(&" ---: |".repeat(devices.len()));
     for (tokens, choice) in [(1, vec), (256, small), (2048, square), (2048, tall), (2048, wide)] {
         for format in [WeightFormat::F16, WeightFormat::INT4] {
             let cost = gate_up(&config, format, tokens);
@@ -56,8 +53,8 @@ fn table() -> String {
                 footprint.workgroup_bytes,
                 footprint.flops_per_requested_byte,
             );
-            for (_, rates) in DEVICES {
-                let attainable = footprint.attainable(&rates, cost.flops, cost.bytes);
+            for (_, rates) in &devices {
+                let attainable = footprint.attainable(rates, cost.flops, cost.bytes);
                 let roofline = rates.gflops.min(cost.flops as f64 / cost.bytes as f64 * rates.memory);
                 let _ = write!(table, " {:.0} GFLOP/s, {:.0} % |", attainable, 100.0 * attainable / roofline);
             }

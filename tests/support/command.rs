@@ -2,7 +2,14 @@
 
 use serde_json::Value;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
+
+/// The command with these arguments and nothing to read.
+pub fn wgmoe(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_wgmoe"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
 
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("test paths are UTF-8")
