@@ -10,6 +10,7 @@ use crate::bench::verify::{self, Verification};
 use crate::bench::workload::Workload;
 use crate::bench::yardstick::{self, Yardstick};
 use crate::error::Result;
+use crate::gpu::StageTime;
 use crate::model::config::MoeConfig;
 use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::routing::{DROPPED, RoutingDecision};
@@ -210,7 +211,11 @@ impl<'a> Bench<'a> {
             entrants.push((tokens, self.enter(workload, layer, tokens)));
         }
         let mut racing: Vec<&mut Result<Result<Entrant, String>>> = entrants.iter_mut().map(|(_, e)| e).collect();
-        self.time(workload, layer, &mut racing, yardstick, progress);
+        // Where experts are brought in, what a pass finds on the device depends on the passes before: one batch after the other.
+        let together = if layer.residency().is_some() { 1 } else { racing.len().max(1) };
+        for batches in racing.chunks_mut(together) {
+            self.time(workload, layer, batches, yardstick, progress);
+        }
         let mut rows = Vec::new();
         for (tokens, entrant) in entrants {
             match entrant {
@@ -332,26 +337,8 @@ impl<'a> Bench<'a> {
         Rounds { rounds: stats::runs_within(self.slice, round, least, MOST_ROUNDS), passes, yardstick }
     }
 
-    /// All rounds of all batches that are right, interleaved. Where experts are brought in, one batch after the other:
-    /// what a pass finds on the device then depends on the passes before.
+    /// All rounds of these batches, as far as they are right, interleaved.
     fn time(
-        &self,
-        workload: &Workload,
-        layer: &MoeLayer,
-        entrants: &mut [&mut Result<Result<Entrant, String>>],
-        yardstick: &mut Yardstick<'_>,
-        progress: &mut dyn FnMut(Progress),
-    ) {
-        if layer.residency().is_some() {
-            for entrant in entrants {
-                self.time_together(workload, layer, std::slice::from_mut(entrant), yardstick, progress);
-            }
-        } else {
-            self.time_together(workload, layer, entrants, yardstick, progress);
-        }
-    }
-
-    fn time_together(
         &self,
         workload: &Workload,
         layer: &MoeLayer,
@@ -539,13 +526,6 @@ impl<'a> Bench<'a> {
                 break;
             }
         }
-        let seconds = |name: &str| {
-            // A stage may be several dispatches: their times add up.
-            let of_pass = |profile: &Vec<crate::StageTime>| {
-                profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
-            };
-            Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>()).map(|summary| summary.median_s)
-        };
         let plan = layer.plan(tokens)?;
         // Of the tokens that are resident now: with fresh ones, not those that were verified.
         let rows_of_expert = layer.routing()?.tokens_per_expert;
@@ -557,7 +537,7 @@ impl<'a> Bench<'a> {
         let on_gpu = self.context.gpu().is_some() && layer.residency().is_none();
         let requests = on_gpu.then(|| plan.requests(&rows_of_expert));
         let stages = plan.stages.iter().zip(&least).enumerate().map(|(index, (stage, least))| {
-            let median_s = seconds(stage.name).filter(|&s| s > 0.0);
+            let median_s = stage_median(&profiles, stage.name);
             let ceiling_s =
                 peaks.map(|[gflops, gbytes]| (least.flops as f64 / gflops).max(least.bytes as f64 / gbytes) / 1e9);
             let request = requests.as_ref().and_then(|requests| requests.get(index));
@@ -587,6 +567,16 @@ fn other_choice(workload: &Workload, routing: &RoutingDecision, tokens: u32) -> 
         let is_other = chosen.iter().any(|&e| e != DROPPED && !meant.contains(&e));
         is_other.then(|| format!("token {t} chose experts {chosen:?}, the trace says {meant:?}"))
     })
+}
+
+/// The median over passes of what a stage took, in seconds: a stage may be several dispatches, whose times add up. `None` if
+/// nothing was measured.
+pub(crate) fn stage_median(profiles: &[Vec<StageTime>], name: &str) -> Option<f64> {
+    let of_pass = |profile: &Vec<StageTime>| {
+        profile.iter().filter(|time| time.name == name).map(|time| time.seconds).reduce(|a, b| a + b)
+    };
+    let summary = Summary::of(&profiles.iter().filter_map(of_pass).collect::<Vec<_>>());
+    summary.map(|summary| summary.median_s).filter(|&seconds| seconds > 0.0)
 }
 
 /// What happened between two looks.

@@ -1,5 +1,6 @@
 //! What is said about repeated timings.
 
+use crate::bench::workload::mix;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -69,10 +70,7 @@ struct Random(u64);
 impl Random {
     fn below(&mut self, len: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
+        let z = mix(self.0);
         // The upper half of the product is uniform up to one part in 2^64 / len.
         ((u128::from(z) * len as u128) >> 64) as usize
     }

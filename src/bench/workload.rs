@@ -277,13 +277,15 @@ pub fn zipf(num_experts: usize, skew: f64) -> Vec<f64> {
 /// 64 random bits as a function of their address: the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a
 /// counter, so that any element can be computed without the ones before it.
 fn random(seed: u64, tensor: Tensor, index: u64) -> u64 {
-    let mix = |mut z: u64| {
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    };
     let key = mix(seed.wrapping_add(0x9E37_79B9_7F4A_7C15u64.wrapping_mul(tensor as u64)));
     mix(key.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15)))
+}
+
+/// The finaliser of SplitMix64.
+pub(super) fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 /// Nearly normal, mean 0 and variance 1: the sum of four uniform numbers.

@@ -73,7 +73,9 @@ pub struct MeasuredStage {
     pub seconds: f64,
 }
 
-/// Name, memory, whether it has a subgroup size, rates. Those of docs/performance.md; what a dispatch costs is a guess.
+/// Name, memory, whether it has a subgroup size, rates: those of public data sheets, or from widths and clocks where they say
+/// no more. Workgroup memory is taken to give 128 bytes a clock to each core, compute unit or multiprocessor. What a dispatch
+/// costs is a guess.
 const CLASSES: [(&str, &str, Option<u64>, Rates); 3] = [
     // 96 execution units of 8 lanes at 1.3 GHz, LPDDR4X; 6 subslices
     (

@@ -6,6 +6,7 @@
 
 use super::facts::{DeviceFacts, MeasuredStage, SCHEMA};
 use super::{active_experts, stages_of};
+use crate::bench::measure::stage_median;
 use crate::bench::memory;
 use crate::bench::roofline::roofline;
 use crate::bench::stats::Summary;
@@ -65,25 +66,38 @@ pub fn measure(context: &Context, formats: &[WeightFormat], progress: &mut dyn F
         measured: Vec::new(),
     };
     progress("measuring what starting a stage takes");
-    let (stages, pass_s) = time(context, &nothing()?, WeightFormat::F16, 1)?;
+    let (workload, small) = load(context, nothing()?, WeightFormat::F16)?;
+    let (stages, pass_s) = time(context, &workload, &small, WeightFormat::F16, 1)?;
     let dispatches = stages.iter().map(|stage| stage.dispatches).sum::<u32>().max(1);
     let in_stages: f64 = stages.iter().map(|stage| stage.seconds).sum();
     facts.dispatch_s = in_stages / f64::from(dispatches);
     facts.between_s = (pass_s - in_stages) / f64::from(dispatches);
     for &format in formats {
+        let (workload, layer) = load(context, layer()?, format)?;
         for tokens in BATCHES {
             progress(&format!("measuring stages: {} weights, {tokens} tokens", format.name()));
-            facts.measured.extend(time(context, &layer()?, format, tokens)?.0);
+            facts.measured.extend(time(context, &workload, &layer, format, tokens)?.0);
         }
     }
     Ok(facts)
 }
 
-/// The stages of a pass, and the time of all of it.
-fn time(context: &Context, config: &MoeConfig, format: WeightFormat, tokens: u32) -> Result<(Vec<MeasuredStage>, f64)> {
+fn load(context: &Context, config: MoeConfig, weights: WeightFormat) -> Result<(Workload, MoeLayer)> {
     let workload = Workload::new(config.clone(), 0.0, 1)?;
-    let options = LayerOptions { weights: format, ..LayerOptions::default() };
-    let layer = MoeLayer::with_options(context, config.clone(), &workload.weights, &options)?;
+    let options = LayerOptions { weights, ..LayerOptions::default() };
+    let layer = MoeLayer::with_options(context, config, &workload.weights, &options)?;
+    Ok((workload, layer))
+}
+
+/// The stages of a pass, and the time of all of it.
+fn time(
+    context: &Context,
+    workload: &Workload,
+    layer: &MoeLayer,
+    format: WeightFormat,
+    tokens: u32,
+) -> Result<(Vec<MeasuredStage>, f64)> {
+    let config = layer.config();
     layer.upload(&workload.input(tokens)?)?;
     layer.run_resident()?;
     let (mut passes, mut profiles) = (Vec::new(), Vec::new());
@@ -96,11 +110,7 @@ fn time(context: &Context, config: &MoeConfig, format: WeightFormat, tokens: u32
     let rows = f64::from(tokens * config.top_k()) / active_experts(config, tokens);
     let mut stages = Vec::new();
     for (cost, dispatches) in stages_of(config, &format.into(), &plan, is_cpu) {
-        let of_pass = |profile: &Vec<crate::StageTime>| -> f64 {
-            profile.iter().filter(|time| time.name == cost.name).map(|time| time.seconds).sum()
-        };
-        let seconds = Summary::of(&profiles.iter().map(of_pass).collect::<Vec<_>>()).map_or(0.0, |s| s.median_s);
-        if seconds > 0.0 {
+        if let Some(seconds) = stage_median(&profiles, cost.name) {
             stages.push(MeasuredStage {
                 stage: cost.name.to_owned(),
                 weights: format,
