@@ -149,6 +149,9 @@ class Peer:
     def stop(self, stop):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGSTOP if stop else signal.SIGCONT)
+            if stop and hasattr(os, "waitid"):
+                # The signal takes its time: until then the worker would run beside wgmoe.
+                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def block(self, runs):
         self.stop(False)
