@@ -38,7 +38,9 @@ fn expert_statistics(
     var counts = vec2<u32>(0u);
     for (var t = first + lane; t < first + params.tokens_per_sequence; t += WG_SIZE) {
         let token = tokens[t];
-        if is_expert {
+        if token.best >= params.num_experts {
+            // Its logits are no numbers.
+        } else if is_expert {
             let below = router_logits[t * params.num_experts + expert] - token.log_sum_exp;
             sums.x += exp(max(below, -100.0));
             counts.x += select(0u, 1u, token.best == expert);

@@ -10,15 +10,15 @@
 // Grid       [ceil(num_tokens / 4)], folded
 // Requires   num_experts <= 1024; WG_SIZE a power of two, at least 4
 // Numerics   f32; every token's sums are formed in the same order wherever it stands in the batch. Ranking uses
-//            integer keys, so that NaN and infinities cannot produce an id twice or out of range; such a token's
-//            weights are NaN and it is counted in status
+//            integer keys, so that NaN and infinities cannot produce an id twice or out of range. A token with NaN or
+//            infinite logits or weights is counted in status; its weights are NaN, or nobody computes it (DROP_BROKEN)
 
 @group(0) @binding(0) var<uniform>             params:         RouterParams;
 @group(0) @binding(3) var<storage, read>       router_vectors: array<f32>;         // [bias, selection bias, scale][num_experts]
 @group(0) @binding(4) var<storage, read_write> router_logits:  array<f32>;         // [num_tokens, num_experts], then other rows and ranks
 @group(0) @binding(5) var<storage, read_write> topk_experts:   array<u32>;         // [num_tokens, top_k]
 @group(0) @binding(6) var<storage, read_write> topk_weights:   array<f32>;         // [num_tokens, top_k]
-@group(0) @binding(7) var<storage, read_write> status:         array<atomic<u32>>; // [0] tokens with NaN or infinite logits
+@group(0) @binding(7) var<storage, read_write> status:         array<atomic<u32>>; // [0] tokens with NaN or infinite logits, [4 + t] which
 
 override WG_SIZE: u32 = 64;
 
@@ -60,8 +60,10 @@ fn router(
     choose(at, lane);
     let after = after_choice(at, lane, before);
     if at.is_token && at.own == 0u {
-        weigh(at, after);
-        if after.broken { atomicAdd(&status[0], 1u); }
+        if weigh(at, after) {
+            atomicAdd(&status[0], 1u);
+            if DROP_BROKEN != 0u { atomicStore(&status[4u + at.token], 1u); }
+        }
     }
 }
 

@@ -4,6 +4,8 @@
 //     entropy     = -sum over e of p[e] * ln(p[e]),  p = softmax(router_logits[t, :])
 //     best        = the expert with the largest logit, the lowest on a tie
 //
+// For a token with NaN or infinite logits both are 0, and its best is nobody: num_experts.
+//
 // CPU twin   src/reference/statistics.rs
 // Mapping    workgroup = one token
 // Grid       [num_tokens], folded
@@ -17,7 +19,7 @@
 override WG_SIZE: u32 = 64;
 
 var<workgroup> scratch_best: array<u32, WG_SIZE>;
-var<workgroup> scratch_sums: array<vec2<f32>, WG_SIZE>;
+var<workgroup> scratch_sums: array<vec3<f32>, WG_SIZE>;
 
 @compute @workgroup_size(WG_SIZE)
 fn token_statistics(
@@ -47,12 +49,15 @@ fn token_statistics(
     }
     let largest = router_logits[row + scratch_best[0]];
 
-    // sum of exp(l - max), and of exp(l - max) * (l - max)
-    var sums = vec2<f32>(0.0);
+    // sum of exp(l - max), of exp(l - max) * (l - max), and of logits that are NaN or +infinity
+    var sums = vec3<f32>(0.0);
     for (var e = lane; e < params.num_experts; e += WG_SIZE) {
-        let below = max(router_logits[row + e] - largest, -100.0);
+        let logit = router_logits[row + e];
+        let bits = bitcast<u32>(logit);
+        let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
+        let below = max(logit - largest, -100.0);
         let weight = exp(below);
-        sums += vec2<f32>(weight, weight * below);
+        sums += vec3<f32>(weight, weight * below, select(0.0, 1.0, bad));
     }
     scratch_sums[lane] = sums;
     workgroupBarrier();
@@ -61,6 +66,11 @@ fn token_statistics(
         workgroupBarrier();
     }
     if lane == 0u {
+        // Minus infinity is the largest where all are masked.
+        if scratch_sums[0].z > 0.0 || bitcast<u32>(largest) == 0xff800000u {
+            tokens[token] = TokenStatistics(0.0, 0.0, params.num_experts);
+            return;
+        }
         let total = scratch_sums[0].x;
         tokens[token] = TokenStatistics(largest + log(total), log(total) - scratch_sums[0].y / total, scratch_best[0]);
     }

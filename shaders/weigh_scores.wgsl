@@ -1,7 +1,7 @@
 // weigh_scores: a choice is weighted by its score, divided by the norm of all and scaled. No entry point.
 // One lane does it for a token: choices are few.
 
-fn weigh(at: Place, all: Row) {
+fn weigh(at: Place, all: Row) -> bool {
     var row = all;
     let first = at.token * params.top_k;
     if SCORES == SOFTMAX_SELECTED {
@@ -28,7 +28,7 @@ fn weigh(at: Place, all: Row) {
             sum += power(weight);
         }
     }
-    finish_weights(at, row, sum);
+    return finish_weights(at, row, sum);
 }
 
 // The logit of an assignment's expert; the first expert's if it is nobody.

@@ -1,7 +1,7 @@
 // weigh_sparsemixer: a choice is weighted by a softmax over the experts that are left and close to it (Phi-3.5-MoE).
 // No entry point.
 
-fn weigh(at: Place, row: Row) {
+fn weigh(at: Place, row: Row) -> bool {
     let first = at.token * params.top_k;
     var sum = 0.0;
     for (var j = 0u; j < params.top_k; j++) {
@@ -15,8 +15,10 @@ fn weigh(at: Place, row: Row) {
             let far = s - logit > 2.0 * params.close * max(abs(logit), s);
             if !taken && !far { total += weight_of(logit, s); }
         }
-        topk_weights[first + j] = 1.0 / total;
-        sum += power(1.0 / total);
+        // A masked expert weighs nothing.
+        let weight = select(1.0 / total, 0.0, is_neg_infinity(s));
+        topk_weights[first + j] = weight;
+        sum += power(weight);
     }
-    finish_weights(at, row, sum);
+    return finish_weights(at, row, sum);
 }

@@ -11,7 +11,7 @@ use crate::model::batch::{Batch, Front};
 use crate::model::checkpoint::LayerSource;
 use crate::model::config::MoeConfig;
 use crate::model::formats::{LayerFormats, WeightFormat};
-use crate::model::routing::RoutingDecision;
+use crate::model::routing::{NonFinite, PassStatus, RoutingDecision};
 use crate::model::source::{ExpertSource, HostSource};
 use crate::model::statistics::Statistics;
 use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors};
@@ -35,6 +35,8 @@ pub struct LayerOptions {
     pub max_binding_bytes: Option<u64>,
     /// GPU memory for the weights of routed experts. There is nothing to bring in for the CPU engine.
     pub gpu_memory: GpuMemory,
+    /// What becomes of tokens whose router logits are NaN or infinite.
+    pub non_finite: NonFinite,
     /// Experts that stay on the GPU, if not all do. One place has to be left for others.
     pub pinned_experts: Vec<u32>,
     /// Choices that were measured on this very device: where one fits a pass, it goes before the plan's table. `matmul`
@@ -172,6 +174,7 @@ impl MoeLayer {
                 let tensors = OptionalTensors::of(weights);
                 let experts = config.num_experts();
                 let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
+                let plan = plan.with_non_finite(options.non_finite)?;
                 let total = plan.matrices().iter().map(|matrix| matrix.bytes()).sum();
                 let most = match options.gpu_memory {
                     GpuMemory::All => None,
@@ -187,7 +190,8 @@ impl MoeLayer {
                 LayerEngine::Gpu(Box::new(gpu.explain(layer)?))
             }
             Engine::Cpu => {
-                let layer = CpuLayer::from_source(config.clone(), weights, source, progress)?;
+                let mut layer = CpuLayer::from_source(config.clone(), weights, source, progress)?;
+                layer.set_non_finite(options.non_finite);
                 LayerEngine::Cpu(Box::new(CpuState { layer, last: Mutex::default() }))
             }
         };
@@ -253,7 +257,8 @@ impl MoeLayer {
     }
 
     /// `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]`. Zero tokens give an empty result without
-    /// touching the device; NaN and infinities in `x`, or router logits that are not finite, are errors.
+    /// touching the device; NaN and infinities in `x`, or router logits that are not finite, are errors unless
+    /// [`LayerOptions::non_finite`] says otherwise.
     pub fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let mut y = vec![0.0; x.len()];
         self.forward_into(x, &mut y)?;
@@ -296,9 +301,22 @@ impl MoeLayer {
 
     /// As [`MoeLayer::forward_batch`], into `y [num_tokens, hidden_size]`, without blocking.
     pub async fn forward_batch_async(&self, batch: &Batch<'_>, y: &mut [f32]) -> Result<()> {
-        let num_tokens = batch.check(&self.config)?;
+        let num_tokens = batch.check_for(&self.config, self.options.non_finite)?;
         let span = debug_span!("forward", num_tokens);
-        self.forward_checked(batch, num_tokens, y).instrument(span).await
+        self.forward_checked(batch, num_tokens, y).instrument(span).await?;
+        self.fill_non_finite_rows(batch.x, y);
+        Ok(())
+    }
+
+    /// A token that is NaN or infinite itself, where that is no error. The router has marked it, if it looked at it.
+    fn fill_non_finite_rows(&self, x: &[f32], y: &mut [f32]) {
+        let Some(value) = self.options.non_finite.row_value() else { return };
+        let h = self.config.hidden_size() as usize;
+        for (x, y) in x.chunks_exact(h).zip(y.chunks_exact_mut(h)) {
+            if x.iter().any(|v| !v.is_finite()) {
+                y.fill(value);
+            }
+        }
     }
 
     async fn forward_checked(&self, batch: &Batch<'_>, num_tokens: u32, y: &mut [f32]) -> Result<()> {
@@ -466,6 +484,21 @@ impl MoeLayer {
         }
     }
 
+    /// What the last forward counted, or the last recorded pass once it was submitted: tokens without finite logits,
+    /// assignments beyond a capacity. Passes count as they go; only after recorded and resident ones does asking read
+    /// back from the device.
+    pub fn status(&self) -> Result<PassStatus> {
+        match &self.engine {
+            LayerEngine::Gpu(layer) => layer.gpu().explain(pollster::block_on(layer.status())),
+            LayerEngine::Cpu(cpu) => {
+                let last = lock(&cpu.last);
+                let non_finite = last.routing.as_ref().map_or(0, |routing| routing.non_finite_tokens.len());
+                let over_capacity = last.routing.as_ref().map_or(0, |routing| routing.over_capacity);
+                Ok(PassStatus { non_finite_tokens: non_finite as u32, over_capacity })
+            }
+        }
+    }
+
     /// Makes `x [num_tokens, hidden_size]` the resident input of [`MoeLayer::run_resident`] and
     /// [`MoeLayer::profile`].
     pub fn upload(&self, x: &[f32]) -> Result<()> {
@@ -476,7 +509,7 @@ impl MoeLayer {
                 hint: "call forward_batch, or record_with_ids".to_owned(),
             });
         }
-        let num_tokens = Batch::from(x).check(&self.config)?;
+        let num_tokens = Batch::from(x).check_for(&self.config, self.options.non_finite)?;
         if num_tokens == 0 {
             return Err(Error::config("num_tokens", 0, "at least 1 for a resident input"));
         }

@@ -101,8 +101,8 @@ pub use model::config::{LayerExtras, MoeConfig, MoeConfigBuilder, Norm, SharedEx
 pub use model::family::Family;
 pub use model::formats::{IntGroups, LayerFormats, WeightFormat};
 pub use model::routing::{
-    Capacity, CapacityLimit, DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing,
-    RoutingDecision, Scores, Selection,
+    Capacity, CapacityLimit, DROPPED, GroupScore, Groups, Masked, Noise, NonFinite, PassStatus, Priority, RankBy,
+    Renormalize, Routing, RoutingDecision, Scores, Selection,
 };
 pub use model::statistics::Statistics;
 pub use model::weights::{ExpertWeights, ExtraWeights, MoeWeights};

@@ -9,7 +9,7 @@ use command::{assert_code, json, stderr, stdout, text};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use wgmoe::model::checkpoint::{read_tensor, write_tensor};
+use wgmoe::model::checkpoint::{read_activations, read_tensor, write_tensor};
 
 /// Sizes that any machine times in an instant.
 const TINY: [&str; 12] =
@@ -332,6 +332,27 @@ fn run_refuses_what_it_cannot_use_and_writes_nothing() {
         assert_code(&output, 1);
         assert!(stderr(&output).contains(named), "{input} should name {named}: {}", stderr(&output));
         assert!(!written.exists());
+    }
+}
+
+#[test]
+fn run_drops_or_propagates_what_is_no_number() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let case = golden("mixtral__t7_h72_i40_e8k2_hub.safetensors");
+    let [input, written] = ["x.safetensors", "y.safetensors"].map(|name| folder.path().join(name));
+    let (mut x, shape) = read_tensor(&case, Some("io.hidden_states")).expect("in the file");
+    x[72] = f32::NAN; // in the second of seven tokens
+    write_tensor(&input, "x", &x, &shape).expect("writable");
+    let args = ["run", text(&case), "--input", text(&input), "--output", text(&written)];
+    for (policy, is_expected) in [("drop", (|v| v == 0.0) as fn(f32) -> bool), ("propagate", f32::is_nan)] {
+        let output = wgmoe(&[&args[..], &["--non-finite", policy, "--json", "-"]].concat());
+        assert_code(&output, 0);
+        assert_eq!(json(&output)["non_finite_tokens"], 1);
+        assert!(stderr(&output).contains("1 of them with NaN"), "{}", stderr(&output));
+        let (y, _) = read_activations(&written, None).expect("one tensor");
+        for (t, row) in y.chunks_exact(72).enumerate() {
+            assert!(row.iter().all(|&v| if t == 1 { is_expected(v) } else { v.is_finite() }), "{policy}: token {t}");
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use super::router::Router;
 use crate::error::Result;
 use crate::model::config::{MoeConfig, SharedExperts};
 use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::routing::NonFinite;
 use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, HostSource, Projection, read_ahead};
 use crate::model::weights::MoeWeights;
 use std::sync::Mutex;
@@ -83,6 +84,7 @@ impl CpuLayer {
             routed_norm: RmsNorm::new(surroundings.routed_norm, &extras.routed_norm),
             output_norm: RmsNorm::new(surroundings.output_norm, &extras.output_norm),
             output_bias: extras.output_bias.clone(),
+            non_finite: NonFinite::default(),
             scratch: Mutex::default(),
             config,
         })

@@ -41,7 +41,7 @@ use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
 use crate::model::formats::LayerFormats;
 use crate::model::noise;
-use crate::model::routing::{Noise, RoutingDecision};
+use crate::model::routing::{DROPPED, Noise, NonFinite, RoutingDecision};
 use chunks::{Chunk, chunks};
 use combine::Finish;
 use experts::Experts;
@@ -73,6 +73,7 @@ pub struct CpuLayer {
     routed_norm: Option<RmsNorm>,
     output_norm: Option<RmsNorm>,
     output_bias: Option<Vec<f32>>,
+    non_finite: NonFinite,
     scratch: Mutex<Vec<Scratch>>,
 }
 
@@ -133,10 +134,16 @@ impl CpuLayer {
         self.experts.bytes() + self.shared.as_ref().map_or(0, Experts::bytes)
     }
 
+    /// What becomes of tokens that the router cannot make anything of.
+    pub fn set_non_finite(&mut self, non_finite: NonFinite) {
+        self.non_finite = non_finite;
+    }
+
     /// The layer: `x [num_tokens, hidden_size]` to `y [num_tokens, hidden_size]`; `num_tokens` follows from the
     /// length and may be 0. Every element of `y` is written, or none on an error.
     ///
-    /// Errors: lengths that do not fit, NaN or infinity in `x`, router logits that are not numbers.
+    /// Errors: lengths that do not fit; unless [`CpuLayer::set_non_finite`] says otherwise, NaN or infinity in `x` and
+    /// router logits that are not numbers.
     pub fn forward_into(&self, x: &[f32], y: &mut [f32]) -> Result<RoutingDecision> {
         self.forward_batch(&Batch::from(x), y)
     }
@@ -258,6 +265,9 @@ impl CpuLayer {
                 clock.lap("latent_out");
             }
         }
+        if let Some(value) = self.non_finite.row_value() {
+            decision.non_finite_tokens.iter().for_each(|&t| y[t as usize * h..][..h].fill(value));
+        }
         Ok((decision, clock.times))
     }
 
@@ -292,14 +302,18 @@ impl CpuLayer {
         }
         let mut decision = match batch.front {
             Front::Assignments { experts, weights } => {
-                router::assigned(&self.config, &logits.gates, num_tokens, experts, weights)?
+                router::assigned(&self.config, &logits.gates, num_tokens, experts, weights, self.non_finite)?
             }
             Front::Router | Front::Logits(_) => {
                 if let Front::Logits(given) = batch.front {
                     logits.experts = given.to_vec();
                 }
-                let (mut decision, ranks) = router::route(&self.config, &self.router, logits, batch)?;
+                let (mut decision, ranks) = router::route(&self.config, &self.router, logits, batch, self.non_finite)?;
+                let nobodys =
+                    |decision: &RoutingDecision| decision.topk_experts.iter().filter(|&&e| e == DROPPED).count();
+                let before = nobodys(&decision);
                 capacity::capacity(&self.config, batch, &ranks, &mut decision);
+                decision.over_capacity = (nobodys(&decision) - before) as u32;
                 decision
             }
         };
@@ -367,7 +381,7 @@ impl CpuLayer {
 
     /// `num_tokens` of a pass.
     fn check_input(&self, batch: &Batch<'_>, y: &[f32]) -> Result<usize> {
-        let num_tokens = batch.check(&self.config)?;
+        let num_tokens = batch.check_for(&self.config, self.non_finite)?;
         if y.len() != batch.x.len() {
             let shape = format!("[{num_tokens}, {}]", self.config.hidden_size());
             return Err(Error::LengthMismatch { tensor: "y", shape, expected: batch.x.len(), found: y.len() });

@@ -7,8 +7,8 @@ use crate::model::batch::Batch;
 use crate::model::config::{MoeConfig, SharedGate};
 use crate::model::noise;
 use crate::model::routing::{
-    DROPPED, GroupScore, Groups, Masked, Noise, Priority, RankBy, Renormalize, Routing, RoutingDecision, Scores,
-    Selection,
+    DROPPED, GroupScore, Groups, Masked, Noise, NonFinite, Priority, RankBy, Renormalize, Routing, RoutingDecision,
+    Scores, Selection,
 };
 use crate::model::weights::MoeWeights;
 use rayon::prelude::*;
@@ -63,13 +63,14 @@ pub(super) struct Logits {
 /// Also returns what the capacity goes by, if it does: `[num_tokens, top_k]` exact weights for expert choice,
 /// `[num_tokens]` scores of the first choices for that priority, otherwise nothing.
 ///
-/// Errors: a token whose logits hold NaN, or whose largest logit is infinite, or whose weights overflow. A single logit
-/// of minus infinity is fine: it masks its expert.
+/// Broken is a token whose logits hold NaN, or whose largest logit is infinite, or whose weights overflow; `non_finite`
+/// says what becomes of it. A single logit of minus infinity is fine: it masks its expert.
 pub(super) fn route(
     config: &MoeConfig,
     router: &Router,
     mut logits: Logits,
     batch: &Batch<'_>,
+    non_finite: NonFinite,
 ) -> Result<(RoutingDecision, Vec<f64>)> {
     let [e, top_k] = [config.num_experts(), config.top_k()].map(|n| n as usize);
     let routing = config.routing();
@@ -104,13 +105,16 @@ pub(super) fn route(
         (ranks, all_ranks) = all_ranks.split_at_mut(rank_size);
         tokens.push(Token { logits, chosen, weights, shared, ranks });
     }
-    let bad_tokens: u32 = tokens
+    let non_finite_tokens: Vec<u32> = tokens
         .into_par_iter()
         .enumerate()
-        .map_init(Scratch::default, |scratch, (t, token)| u32::from(!pass.route_token(t, token, scratch)))
-        .sum();
-    if bad_tokens > 0 {
-        return Err(Error::NonFiniteLogits { num_tokens: bad_tokens });
+        .map_init(Scratch::default, |scratch, (t, token)| {
+            (!pass.route_token(t, token, scratch, non_finite)).then_some(t as u32)
+        })
+        .flatten()
+        .collect();
+    if non_finite == NonFinite::Error && !non_finite_tokens.is_empty() {
+        return Err(Error::NonFiniteLogits { num_tokens: non_finite_tokens.len() as u32 });
     }
     let decision = RoutingDecision {
         num_tokens,
@@ -118,6 +122,7 @@ pub(super) fn route(
         topk_weights,
         shared_weights,
         router_logits,
+        non_finite_tokens,
         ..RoutingDecision::default()
     };
     Ok((decision, ranks))
@@ -130,20 +135,24 @@ pub(super) fn assigned(
     num_tokens: usize,
     experts: &[i32],
     weights: &[f32],
+    non_finite: NonFinite,
 ) -> Result<RoutingDecision> {
     let num_shared = config.num_gated_shared() as usize;
     let width = gates.len().checked_div(num_tokens).unwrap_or(0).max(1);
     let shared = || gates.chunks_exact(width).map(|gates| &gates[..num_shared]);
-    match shared().filter(|gates| gates.iter().any(|l| l.is_nan())).count() {
-        0 => Ok(RoutingDecision {
-            num_tokens,
-            topk_experts: experts.iter().map(|&e| expert_id(e)).collect(),
-            topk_weights: weights.to_vec(),
-            shared_weights: shared().flatten().map(|&gate| sigmoid(f64::from(gate)) as f32).collect(),
-            ..RoutingDecision::default()
-        }),
-        bad => Err(Error::NonFiniteLogits { num_tokens: bad as u32 }),
+    let bad = |gates: &[f32]| gates.iter().any(|l| l.is_nan());
+    let non_finite_tokens: Vec<u32> = (0..).zip(shared()).filter(|(_, gates)| bad(gates)).map(|(t, _)| t).collect();
+    if non_finite == NonFinite::Error && !non_finite_tokens.is_empty() {
+        return Err(Error::NonFiniteLogits { num_tokens: non_finite_tokens.len() as u32 });
     }
+    Ok(RoutingDecision {
+        num_tokens,
+        topk_experts: experts.iter().map(|&e| expert_id(e)).collect(),
+        topk_weights: weights.to_vec(),
+        shared_weights: shared().flatten().map(|&gate| sigmoid(f64::from(gate)) as f32).collect(),
+        non_finite_tokens,
+        ..RoutingDecision::default()
+    })
 }
 
 /// Counts of the assignments, once they are final.
@@ -193,8 +202,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Whether it went well.
-    fn route_token(&self, t: usize, token: Token<'_>, scratch: &mut Scratch) -> bool {
+    /// Whether it went well. If not, and that is no error, its choices are what `non_finite` says.
+    fn route_token(&self, t: usize, token: Token<'_>, scratch: &mut Scratch, non_finite: NonFinite) -> bool {
         let Pass { routing, router, .. } = self;
         let Token { logits, chosen, weights, shared, ranks } = token;
         if !self.logits.are_final {
@@ -210,7 +219,8 @@ impl Pass<'_> {
         } else {
             logits.iter().copied().fold(f32::NEG_INFINITY, f32::max)
         };
-        if !max.is_finite() || logits.iter().any(|l| l.is_nan()) {
+        let broken = !max.is_finite() || logits.iter().any(|l| l.is_nan());
+        if broken && non_finite == NonFinite::Error {
             return false;
         }
 
@@ -261,7 +271,17 @@ impl Pass<'_> {
         }
         weights.iter_mut().zip(w).for_each(|(to, w)| *to = *w as f32);
         shared.iter_mut().zip(&scratch.shared).for_each(|(to, w)| *to = *w as f32);
-        weights.iter().chain(&*shared).all(|w| w.is_finite())
+        if !broken && weights.iter().chain(&*shared).all(|w| w.is_finite()) {
+            return true;
+        }
+        ranks.fill(f64::NEG_INFINITY);
+        if non_finite == NonFinite::Drop {
+            chosen.fill(DROPPED);
+            weights.fill(0.0);
+        } else {
+            weights.fill(f32::NAN);
+        }
+        false
     }
 
     /// The weights are a softmax over the chosen experts, whatever the others are: because the layer says so, or
@@ -504,7 +524,7 @@ mod tests {
         };
         let router = Router::pack(config, &weights)?;
         let logits = Logits { experts: logits, ..Logits::default() };
-        let (mut decision, _) = route(config, &router, logits, &Batch::default())?;
+        let (mut decision, _) = route(config, &router, logits, &Batch::default(), NonFinite::Error)?;
         count(config, &mut decision);
         Ok(decision)
     }

@@ -29,6 +29,10 @@ pub fn statistics(config: &MoeConfig, decision: &RoutingDecision, tokens_per_seq
 }
 
 fn add_token(sums: &mut SequenceSums, logits: &[f32]) {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    if !largest.is_finite() || logits.iter().any(|l| l.is_nan()) {
+        return; // no numbers, as only some policies let through
+    }
     // The first of the largest.
     let mut best = 0;
     for (e, &logit) in logits.iter().enumerate() {

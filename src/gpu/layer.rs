@@ -6,7 +6,7 @@ use super::recorder::{PassStats, Recorder, Timestamps};
 use super::weights::DeviceWeights;
 use crate::error::{Error, Result};
 use crate::kernels::router::FrontKind;
-use crate::model::routing::RoutingDecision;
+use crate::model::routing::{PassStatus, RoutingDecision};
 use crate::model::source::ExpertSource;
 use crate::model::weights::{MoeWeights, OptionalTensors};
 use crate::plan::memory::UNIFORM_ALIGNMENT;
@@ -59,6 +59,8 @@ struct State {
     last_sequence: Option<u32>,
     /// Tokens in the layer's own x, for passes on resident input; 0 if there is nothing.
     resident: u32,
+    /// What the last pass counted, if that has been read back.
+    status: Option<PassStatus>,
     /// Set when the last forward took several passes, whose device buffers no longer hold all of the routing.
     routing: Option<RoutingDecision>,
 }
@@ -399,6 +401,7 @@ impl GpuLayer {
             dispatches += self.record_pass(&state, encoder, ((tokens, kind), first_token), None)?;
         }
         state.routing = None;
+        state.status = None;
         state.last_kind = kind;
         state.last_sequence = None;
         state.last = self.stats(num_tokens, dispatches, before);

@@ -49,7 +49,9 @@ pub(super) fn routers() -> Vec<Kernel> {
         let noise = routing.noise != Noise::None;
         for products in [Products::Fused(Input::Vec4), Products::Fused(Input::Scalar), Products::Ready] {
             if products != Products::Ready || !matches!(routing.noise, Noise::Jitter { .. }) {
-                kernels.push(router::kernel(&config, bias, FrontKind::Router, noise, products, 64, 8));
+                let kernel = router::kernel(&config, bias, FrontKind::Router, noise, products, 64, 8);
+                kernels.push(router::dropping(kernel.clone()));
+                kernels.push(kernel);
             }
         }
     }

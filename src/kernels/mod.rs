@@ -7,6 +7,7 @@ pub mod capacity;
 pub mod combine;
 pub mod down;
 pub mod down_combine;
+pub mod drop_rows;
 mod examples;
 pub mod expert_statistics;
 pub mod gate_up;
@@ -98,6 +99,8 @@ pub enum Stage {
     Combine,
     /// Second projection and weighted sum of a single token.
     DownCombine,
+    /// Zeros for tokens that the router could make nothing of.
+    DropRows,
     /// Not part of the pass: sums over each token's logits.
     TokenStatistics,
     /// Not part of the pass: sums over each sequence, by expert.
@@ -125,6 +128,7 @@ impl Stage {
             Stage::Down => "down",
             Stage::Combine => "combine",
             Stage::DownCombine => "down_combine",
+            Stage::DropRows => "drop_rows",
             Stage::TokenStatistics => "token_statistics",
             Stage::ExpertStatistics => "expert_statistics",
             Stage::ProbeFma => "probe_fma",
@@ -267,7 +271,13 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(combine::kernel(rows, tail));
         }
     }
-    kernels.extend([token_table::kernel(), reweigh::kernel(), norm::kernel(false), norm::kernel(true)]);
+    kernels.extend([
+        token_table::kernel(),
+        reweigh::kernel(),
+        norm::kernel(false),
+        norm::kernel(true),
+        drop_rows::kernel(),
+    ]);
     for (priority, selection) in [
         (Priority::Position, Selection::TopK),
         (Priority::Choice, Selection::TopK),

@@ -144,7 +144,7 @@ pub fn kernel(
         Selection::Sparsemixer { .. } => add(wgsl!("weigh_sparsemixer"), "sparsemixer"),
         _ => add(wgsl!("weigh_scores"), ""),
     }
-    overrides.push(("FIRST_SCORES", stores_first_scores(config).into()));
+    overrides.extend([("FIRST_SCORES", stores_first_scores(config).into()), ("DROP_BROKEN", 0)]);
     add(wgsl!("finish_weights"), "");
     match noise {
         Noise::RandomSecond => add(wgsl!("drop_second"), "second"),
@@ -169,7 +169,7 @@ pub fn kernel(
         bind(0, "params", Access::Uniform),
         bind(3, "router_vectors", Access::Read), // [3, num_experts]
         bind(4, "router_logits", Access::Write), // [num_tokens, num_experts], and more
-        bind(7, "status", Access::Write),        // [2]
+        bind(7, "status", Access::Write),        // [4], then [num_tokens] if broken tokens are dropped
     ];
     match products {
         Products::Fused(_) => bindings.extend([
@@ -186,6 +186,13 @@ pub fn kernel(
         bindings.push(bind(8, "shared_weights", Access::Write)); // [num_tokens, num_shared]
     }
     Kernel { stage: Stage::Router, label, parts, bindings, overrides, workgroup_size, needs_subgroups: false }
+}
+
+/// The same router for [`NonFinite::Drop`](crate::NonFinite::Drop).
+pub fn dropping(mut kernel: Kernel) -> Kernel {
+    kernel.label.push_str(".dropping");
+    kernel.overrides.iter_mut().filter(|(name, _)| *name == "DROP_BROKEN").for_each(|(_, value)| *value = 1);
+    kernel
 }
 
 /// A softmax whose weights are divided by their sum needs only the chosen logits, and then they do not depend on the

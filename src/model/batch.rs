@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::config::{MoeConfig, SharedGate};
-use crate::model::routing::Selection;
+use crate::model::routing::{NonFinite, Selection};
 use crate::model::weights::check_finite;
 
 /// The input of one pass. `Batch::from(&x[..])` is all that most layers need.
@@ -60,14 +60,23 @@ impl<'a> From<&'a Vec<f32>> for Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// The number of tokens, if everything that `config` needs is there, has the right length and is in range.
+    /// The number of tokens, if everything that `config` needs is there, has the right length and is in range, and all
+    /// numbers are finite.
     pub fn check(&self, config: &MoeConfig) -> Result<u32> {
+        self.check_for(config, NonFinite::Error)
+    }
+
+    /// As [`Batch::check`]; only [`NonFinite::Error`] asks for finite activations and logits.
+    pub(crate) fn check_for(&self, config: &MoeConfig, non_finite: NonFinite) -> Result<u32> {
+        let must_be_finite = non_finite == NonFinite::Error;
         let [h, e, k] = [config.hidden_size(), config.num_experts(), config.top_k()].map(|n| n as usize);
         if !self.x.len().is_multiple_of(h) || u32::try_from(self.x.len() / h).is_err() {
             let (shape, expected) = (format!("[num_tokens, {h}]"), self.x.len().div_ceil(h) * h);
             return Err(Error::LengthMismatch { tensor: "x", shape, expected, found: self.x.len() });
         }
-        check_finite("x", self.x)?;
+        if must_be_finite {
+            check_finite("x", self.x)?;
+        }
         let tokens = self.x.len() / h;
         let length = |tensor, found: usize, columns: usize| {
             let shape = format!("[{tokens}, {columns}]");
@@ -90,7 +99,8 @@ impl Batch<'_> {
             Front::Router => {}
             Front::Logits(logits) => {
                 length("logits", logits.len(), e)?;
-                if let Some(index) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+                let bad = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY);
+                if let Some(index) = bad.filter(|_| must_be_finite) {
                     return Err(Error::NonFinite { tensor: "logits".to_owned(), index, value: logits[index] });
                 }
             }

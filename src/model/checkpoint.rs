@@ -19,7 +19,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 
-pub use crate::model::tensor_file::{read_integers, read_tensor, write_tensor};
+pub use crate::model::tensor_file::{read_activations, read_integers, read_tensor, write_tensor};
 
 /// Metadata key: formats of the tensors that hold packed rows, as JSON.
 pub(crate) const PACKED_KEY: &str = "packed_weights";

@@ -394,6 +394,41 @@ impl Routing {
     }
 }
 
+/// What becomes of a token whose router logits, or the weights made of them, are NaN or infinite. A logit of minus
+/// infinity masks its expert, and is none of this unless all are. No policy lets such a token touch another's row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NonFinite {
+    /// The pass is an error that counts such tokens, as is NaN or infinity in its input. What is recorded into a caller's
+    /// encoder cannot fail: there it is as `Propagate`, and [`MoeLayer::status`](crate::MoeLayer::status) counts them.
+    #[default]
+    Error,
+    /// They get no expert, and zeros as their output; they take no expert's capacity.
+    Drop,
+    /// They get experts, all different, and NaN as their output.
+    Propagate,
+}
+
+impl NonFinite {
+    /// What the output of such a token is filled with, where that is no error.
+    pub(crate) fn row_value(self) -> Option<f32> {
+        match self {
+            NonFinite::Error => None,
+            NonFinite::Drop => Some(0.0),
+            NonFinite::Propagate => Some(f32::NAN),
+        }
+    }
+}
+
+/// What a pass counted on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassStatus {
+    /// Tokens whose logits or weights were not finite ([`NonFinite`]).
+    pub non_finite_tokens: u32,
+    /// Assignments beyond their expert's capacity.
+    pub over_capacity: u32,
+}
+
 /// Who got which expert in a pass. Index vectors are row-major.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoutingDecision {
@@ -411,4 +446,10 @@ pub struct RoutingDecision {
     pub tokens_per_expert: Vec<u32>,
     /// Assignments that nobody computes.
     pub num_dropped: usize,
+    /// Of those, assignments beyond their expert's capacity.
+    #[serde(default)]
+    pub over_capacity: u32,
+    /// Tokens whose logits or weights were not finite, ascending ([`NonFinite`]).
+    #[serde(default)]
+    pub non_finite_tokens: Vec<u32>,
 }

@@ -160,17 +160,8 @@ impl TensorFile {
 
     /// Appends elements `range` of `name` to `values` as f32. NaN, infinities and f64 values beyond f32 are errors.
     pub fn read_f32(&mut self, name: &str, range: Range<usize>, values: &mut Vec<f32>) -> Result<()> {
-        let info = self.info(name)?;
-        self.readable(name, info)?;
-        let dtype = info.dtype;
         let first = values.len();
-        reserve(&self.path, values, range.len())?;
-        self.read_chunks(name, range, |bytes| match dtype {
-            Dtype::F16 => extend(values, bytes, |b| half::f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => extend(values, bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
-            Dtype::F64 => extend(values, bytes, |b| f64::from_le_bytes(b) as f32),
-            _ => extend(values, bytes, f32::from_le_bytes),
-        })?;
+        self.read_any_f32(name, range, values)?;
         match values[first..].iter().position(|v| !v.is_finite()) {
             None => Ok(()),
             Some(at) => Err(Error::NonFinite {
@@ -179,6 +170,20 @@ impl TensorFile {
                 value: values[first + at],
             }),
         }
+    }
+
+    /// As [`TensorFile::read_f32`], whatever the values are.
+    fn read_any_f32(&mut self, name: &str, range: Range<usize>, values: &mut Vec<f32>) -> Result<()> {
+        let info = self.info(name)?;
+        self.readable(name, info)?;
+        let dtype = info.dtype;
+        reserve(&self.path, values, range.len())?;
+        self.read_chunks(name, range, |bytes| match dtype {
+            Dtype::F16 => extend(values, bytes, |b| half::f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => extend(values, bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => extend(values, bytes, |b| f64::from_le_bytes(b) as f32),
+            _ => extend(values, bytes, f32::from_le_bytes),
+        })
     }
 
     /// Bytes `range` of a tensor whose elements have at most eight bits.
@@ -263,11 +268,25 @@ pub(crate) fn reserve<T>(path: &Path, values: &mut Vec<T>, count: usize) -> Resu
 /// Those of opening a file, [`Error::MissingTensor`] (also if `name` is `None` and the file has several tensors),
 /// [`Error::Unsupported`] for a type that is not F32, F16, BF16 or F64, [`Error::NonFinite`].
 pub fn read_tensor(path: &Path, name: Option<&str>) -> Result<(Vec<f32>, Vec<usize>)> {
+    read_whole(path, name, TensorFile::read_f32)
+}
+
+/// As [`read_tensor`], with NaN and infinities as they are: for activations, of which a layer can make something
+/// ([`NonFinite`](crate::NonFinite)).
+pub fn read_activations(path: &Path, name: Option<&str>) -> Result<(Vec<f32>, Vec<usize>)> {
+    read_whole(path, name, TensorFile::read_any_f32)
+}
+
+fn read_whole(
+    path: &Path,
+    name: Option<&str>,
+    read: fn(&mut TensorFile, &str, Range<usize>, &mut Vec<f32>) -> Result<()>,
+) -> Result<(Vec<f32>, Vec<usize>)> {
     let mut file = TensorFile::open(path)?;
     let name = file.named_or_only(name)?;
     let shape = file.info(&name)?.shape.clone();
     let mut values = Vec::new();
-    file.read_f32(&name, 0..shape.iter().product(), &mut values)?;
+    read(&mut file, &name, 0..shape.iter().product(), &mut values)?;
     Ok((values, shape))
 }
 

@@ -21,6 +21,7 @@ use crate::kernels::{Kernel, permute, router};
 use crate::model::activation::Activation;
 use crate::model::config::{MoeConfig, Norm, SharedGate};
 use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::routing::NonFinite;
 use crate::model::weights::OptionalTensors;
 pub use cost::StageCost;
 pub use device::DeviceProfile;
@@ -39,6 +40,8 @@ const MAX_SLICES: u32 = 8;
 const MAX_ROUNDS: u64 = 60_000;
 /// Matrices of routed experts.
 pub(crate) const ROUTED: [&str; 2] = ["gate_up_weights", "down_weights"];
+/// Bytes of what a pass counts.
+pub(crate) const STATUS_BYTES: u64 = 16;
 /// Bytes of an entry of the tile list.
 const TILE_BYTES: u64 = 12;
 
@@ -53,6 +56,7 @@ pub struct LayerPlan {
     /// Experts that choices of kernels are made for; stays when experts are added or removed, so that others' results
     /// keep their bits.
     nominal_experts: u32,
+    non_finite: NonFinite,
     matrices: Vec<Matrix>,
     /// Routed experts that are on the device at a time, if those are not all.
     places: Option<u32>,
@@ -194,12 +198,25 @@ impl LayerPlan {
             device: device.clone(),
             request: request.clone(),
             nominal_experts,
+            non_finite: NonFinite::default(),
             matrices: matrices(config, &formats, device, config.num_weighted_experts())?,
             places: None,
             max_tokens: 0,
         };
         plan.max_tokens = plan.find_max_tokens(limit)?;
         Ok(plan)
+    }
+
+    /// The same layer with this policy for tokens that the router cannot make anything of.
+    pub fn with_non_finite(mut self, non_finite: NonFinite) -> Result<Self> {
+        self.non_finite = non_finite;
+        self.max_tokens = self.find_max_tokens(self.device.max_buffer_bytes())?;
+        Ok(self)
+    }
+
+    /// What becomes of tokens that the router cannot make anything of.
+    pub fn non_finite(&self) -> NonFinite {
+        self.non_finite
     }
 
     /// The same layer with at most `bytes` of routed experts on the device at a time. Where all of them fit, nothing
@@ -272,7 +289,9 @@ impl LayerPlan {
 
     /// The same layer with other experts, on the same device with the same kernels.
     pub(crate) fn with_config(&self, config: &MoeConfig) -> Result<Self> {
-        Self::with_tensors(config, self.tensors, self.formats, &self.device, &self.request, self.nominal_experts)
+        let (device, request) = (&self.device, &self.request);
+        Self::with_tensors(config, self.tensors, self.formats, device, request, self.nominal_experts)?
+            .with_non_finite(self.non_finite)
     }
 
     /// The same layer with its weights where they are, and other measured choices.
@@ -317,7 +336,7 @@ impl LayerPlan {
             ("router_logits", tokens * logits * 4),
             ("topk_experts", assignments * 4),
             ("topk_weights", assignments * 4),
-            ("status", 8),
+            ("status", STATUS_BYTES + if self.drops_rows() { tokens * 4 } else { 0 }),
             ("expert_offsets", (u64::from(c.num_weighted_experts()) + 1) * 4),
             ("assignment_of_row", assignments * 4),
             ("row_of_assignment", assignments * 4),
@@ -352,6 +371,11 @@ impl LayerPlan {
         }
         let whole = |(name, bytes): (_, u64)| ScratchBuffer { name, bytes: bytes.max(16).next_multiple_of(16) };
         buffers.into_iter().map(whole).collect()
+    }
+
+    /// Tokens that the router cannot make anything of are dropped.
+    fn drops_rows(&self) -> bool {
+        self.non_finite == NonFinite::Drop
     }
 
     /// Expert outputs may be there a slice of the columns at a time: nothing looks at whole rows of them, and experts do

@@ -9,7 +9,8 @@ use crate::kernels::matmul::{MatmulChoice, Tiles};
 use crate::kernels::params::{CapacityParams, MatmulParams, MoeParams, NormParams, RouterParams, Uniform};
 use crate::kernels::router::{FrontKind, Products};
 use crate::kernels::{
-    Input, Kernel, Stage, capacity, combine, down, down_combine, gate_up, norm, permute, reweigh, router, token_table,
+    Input, Kernel, Stage, capacity, combine, down, down_combine, drop_rows, gate_up, norm, permute, reweigh, router,
+    token_table,
 };
 use crate::model::activation::Activation;
 use crate::model::config::{Norm, SpecialKind};
@@ -42,7 +43,7 @@ fn rows(plan: &LayerPlan, kind: PassKind) -> Rows {
     let c = &plan.config;
     let weigh = !c.routing().weigh_input;
     // Choices from the caller may be nobody, too.
-    if !c.may_drop() && kind.front != FrontKind::Assignments {
+    if !c.may_drop() && !plan.drops_rows() && kind.front != FrontKind::Assignments {
         return Rows::Weighted(weigh);
     }
     Rows::Dropped {
@@ -128,6 +129,10 @@ pub(super) fn dispatches(
         builder.shared(x)?;
     }
     builder.experts(matmul, expert_in, experts)?;
+    if plan.drops_rows() && router::runs(c, kind.front) {
+        let workgroups = params.num_tokens.into();
+        builder.add("drop_rows", drop_rows::kernel(), Uniform::Moe(*params), workgroups, Vec::new())?;
+    }
     Ok(builder.dispatches)
 }
 
@@ -198,6 +203,7 @@ impl Builder<'_> {
                 if few_lanes { router::FEW_LANES } else { router::WG_SIZE },
                 if few_lanes { 1 } else { router::k_lanes(self.plan.nominal_experts) },
             );
+            let kernel = if self.plan.drops_rows() { router::dropping(kernel) } else { kernel };
             let workgroups = router::workgroups(params.num_tokens);
             self.add("router", kernel, Uniform::Router(uniform), workgroups, buffers)?;
         }

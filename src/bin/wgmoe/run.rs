@@ -9,9 +9,9 @@ use indicatif::HumanBytes;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use wgmoe::model::checkpoint::{read_integers, read_tensor, write_tensor};
+use wgmoe::model::checkpoint::{read_activations, read_integers, read_tensor, write_tensor};
 use wgmoe::plan::exceeds_webgpu_limits;
-use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, ResidencyStats, WeightFormat};
+use wgmoe::{Batch, Checkpoint, DeviceChoice, Error, LayerOptions, MoeLayer, NonFinite, ResidencyStats, WeightFormat};
 
 /// Name of the tensor in the file that is written.
 const OUTPUT_TENSOR: &str = "output";
@@ -52,10 +52,31 @@ pub struct Args {
     /// Storage of the expert weights on the device, as for `bench` [default: as the file stores them]
     #[arg(long, value_name = "FORMAT", value_parser = crate::weight_format)]
     weights: Option<WeightFormat>,
+    /// What becomes of tokens with NaN or infinite router logits: an error, no expert and zeros, or experts and NaN
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Policy::Error)]
+    non_finite: Policy,
     #[command(flatten)]
     memory: crate::Memory,
     #[command(flatten)]
     tuning: crate::tuning::Args,
+}
+
+/// [`NonFinite`] as a word.
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum Policy {
+    Error,
+    Drop,
+    Propagate,
+}
+
+impl From<Policy> for NonFinite {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Error => NonFinite::Error,
+            Policy::Drop => NonFinite::Drop,
+            Policy::Propagate => NonFinite::Propagate,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -74,6 +95,8 @@ struct Report {
     num_experts: u32,
     top_k: u32,
     tokens_per_expert: Vec<u32>,
+    /// Tokens whose router logits were NaN or infinite.
+    non_finite_tokens: u32,
     /// Reading the description and the small tensors.
     read_s: f64,
     /// Reading, packing and uploading the experts.
@@ -107,7 +130,11 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     }
     let formats = source.formats().with_context(cannot)?;
     let config = source.config().clone();
-    let (x, shape) = read_tensor(&input, tensor.as_deref())?;
+    let read = match args.non_finite {
+        Policy::Error => read_tensor,
+        Policy::Drop | Policy::Propagate => read_activations,
+    };
+    let (x, shape) = read(&input, tensor.as_deref())?;
     check_shape(&input, tensor.as_deref(), &shape, config.hidden_size())?;
     let ids = ids.map(|(file, tensor)| read_integers(&file, tensor.as_deref())).transpose()?;
     let read_s = started.elapsed().as_secs_f64();
@@ -115,7 +142,11 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
     let needed = exceeds_webgpu_limits(&config, formats, num_tokens);
     let context = widen(context, &device, needed, output)?;
     let tuning = args.tuning.find(&context, output);
-    let options = LayerOptions { tuning: tuning.as_ref().map(|found| found.tuning.clone()), ..args.memory.options() };
+    let options = LayerOptions {
+        tuning: tuning.as_ref().map(|found| found.tuning.clone()),
+        non_finite: args.non_finite.into(),
+        ..args.memory.options()
+    };
 
     let started = Instant::now();
     let bar = Bytes::new("loading experts");
@@ -153,6 +184,7 @@ pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow
         num_experts: config.num_experts(),
         top_k: config.top_k(),
         tokens_per_expert,
+        non_finite_tokens: layer.status()?.non_finite_tokens,
         read_s,
         load_s,
         forward_s,
@@ -219,13 +251,17 @@ fn describe(report: &Report) -> String {
     format!(
         "layer:  {layer} of {} ({family}, {layout} layout)\n        \
          hidden {hidden_size}, intermediate {intermediate_size}, {num_experts} experts, top-{top_k}, {} weights, {} on the device\n\
-         tokens: {tokens}\n\
+         tokens: {tokens}{}\n\
          {}\n\
          {}time:   read {}, load {}, forward {}\n\
          output: {}",
         report.file,
         report.weights,
         HumanBytes(report.weight_bytes),
+        match report.non_finite_tokens {
+            0 => String::new(),
+            number => format!(", {number} of them with NaN or infinite router logits"),
+        },
         load_line(&report.tokens_per_expert),
         report.residency.as_ref().map(|stats| format!("{}\n", residency_line(stats))).unwrap_or_default(),
         seconds(report.read_s),

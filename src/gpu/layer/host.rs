@@ -11,16 +11,15 @@ use crate::kernels::{Stage, expert_statistics, token_statistics};
 use crate::model::batch::{Batch, Front};
 use crate::model::config::MoeConfig;
 use crate::model::noise;
-use crate::model::routing::{Noise, RoutingDecision, Selection};
+use crate::model::routing::{Noise, NonFinite, PassStatus, RoutingDecision, Selection};
 use crate::model::statistics::{SequenceSums, Statistics};
-use crate::plan::{PassKind, grid};
+use crate::plan::{PassKind, STATUS_BYTES, grid};
 
 /// What one pass over a host slice did.
 struct Done {
     dispatches: u32,
     readbacks: u32,
-    /// Tokens whose logits were not finite.
-    bad_tokens: u32,
+    status: PassStatus,
 }
 
 impl GpuLayer {
@@ -35,7 +34,7 @@ impl GpuLayer {
         state.resident = 0;
         let several = num_tokens > self.plan.max_tokens();
         let mut routing: Option<RoutingDecision> = None;
-        let (mut dispatches, mut readbacks, mut bad_tokens) = (0, 0, 0);
+        let (mut dispatches, mut readbacks, mut status) = (0, 0, PassStatus::default());
         state.last_kind = kind;
         state.last_sequence = batch.tokens_per_sequence;
         for (first_token, tokens) in self.plan.passes(num_tokens) {
@@ -45,7 +44,8 @@ impl GpuLayer {
             let done = self.forward_pass(&mut state, (tokens, kind), x, &front, y).await?;
             dispatches += done.dispatches;
             readbacks += done.readbacks;
-            bad_tokens += done.bad_tokens;
+            status.non_finite_tokens += done.status.non_finite_tokens;
+            status.over_capacity += done.status.over_capacity;
             if several {
                 let part = self.read_routing(&state, tokens).await?;
                 match &mut routing {
@@ -55,12 +55,13 @@ impl GpuLayer {
             }
         }
         state.routing = routing;
+        state.status = Some(status);
         state.resident = if several || !front_is_kept(kind, self.plan.config()) { 0 } else { num_tokens };
         // Of the readbacks, only those that a dispatch waited for.
         state.last = PassStats { readbacks, ..self.stats(num_tokens, dispatches, before) };
-        match bad_tokens {
-            0 => Ok(()),
-            num_tokens => Err(Error::NonFiniteLogits { num_tokens }),
+        match (self.plan.non_finite(), status.non_finite_tokens) {
+            (_, 0) | (NonFinite::Drop | NonFinite::Propagate, _) => Ok(()),
+            (NonFinite::Error, num_tokens) => Err(Error::NonFiniteLogits { num_tokens }),
         }
     }
 
@@ -116,6 +117,7 @@ impl GpuLayer {
         let mut state = self.state.lock().await;
         state.last = PassStats::default();
         state.routing = None;
+        state.status = Some(PassStatus::default());
     }
 
     async fn prepare_io(&self, state: &mut State, num_tokens: u32, kind: PassKind) -> Result<()> {
@@ -140,7 +142,7 @@ impl GpuLayer {
             x: self.gpu.buffer("x", bytes, Usage::STORAGE | Usage::COPY_DST).await?,
             y: self.gpu.buffer("y", bytes, Usage::STORAGE | Usage::COPY_SRC).await?,
             upload: self.gpu.mapped_buffer("x upload", bytes, Usage::MAP_WRITE | Usage::COPY_SRC).await?,
-            download: self.gpu.buffer("y download", bytes + 16, Usage::MAP_READ | Usage::COPY_DST).await?,
+            download: self.gpu.buffer("y download", bytes + STATUS_BYTES, Usage::MAP_READ | Usage::COPY_DST).await?,
             front: None,
             choices,
             capacity,
@@ -174,9 +176,9 @@ impl GpuLayer {
         // The result itself is read after the last dispatch; what counts is a readback that a dispatch waits for.
         let readbacks = (self.gpu.readbacks() - readbacks) as u32;
         encoder.copy_buffer_to_buffer(&io.y, 0, &io.download, 0, bytes);
-        let status_at = io.download.size() - 16;
+        let status_at = io.download.size() - STATUS_BYTES;
         if let Some(status) = state.scratch.get("status") {
-            encoder.copy_buffer_to_buffer(status, 0, &io.download, status_at, 16);
+            encoder.copy_buffer_to_buffer(status, 0, &io.download, status_at, STATUS_BYTES);
         }
         self.submit(encoder).await?;
         let read = self.gpu.map(&io.download, wgpu::MapMode::Read).await?;
@@ -188,13 +190,12 @@ impl GpuLayer {
             self.gpu.wait(&mapped, "mapping the upload buffer").await?;
         }
         self.gpu.check("the forward pass")?;
-        let bad_tokens = read_mapped(&io.download, |bytes| {
+        let status = read_mapped(&io.download, |bytes| {
             bytemuck::cast_slice_mut(y).copy_from_slice(&bytes[..x.len() * 4]);
-            let at = status_at as usize;
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+            pass_status(&bytemuck::pod_collect_to_vec(&bytes[status_at as usize..]))
         })?;
         state.io = Some(io);
-        Ok(Done { dispatches, readbacks, bad_tokens })
+        Ok(Done { dispatches, readbacks, status })
     }
 
     /// Puts what the pass gets beside x where it belongs.
@@ -290,6 +291,7 @@ impl GpuLayer {
         let (encoder, dispatches) = self.run_pass(&state, self.encoder(), key, choices.as_ref()).await?;
         submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
+        state.status = None;
         state.last_kind = key.1;
         state.last_sequence = None;
         state.last = self.stats(key.0, dispatches, before);
@@ -336,16 +338,31 @@ impl GpuLayer {
         Ok(times)
     }
 
+    /// What the last pass counted; the caller has submitted what was recorded.
+    pub(crate) async fn status(&self) -> Result<PassStatus> {
+        let state = self.state.lock().await;
+        match state.status {
+            Some(status) => Ok(status),
+            None if state.last.num_tokens > self.plan.max_tokens() => Err(self.overwritten("the status")),
+            None => Ok(pass_status(&self.read_words(&state, "status", STATUS_BYTES as usize / 4).await?)),
+        }
+    }
+
+    /// Of a recorded batch of several passes only the last is there.
+    fn overwritten(&self, what: &str) -> Error {
+        Error::Unsupported {
+            what: format!("{what} of a recorded batch that took several passes"),
+            by: "after the fact (each pass overwrites that of the one before)".to_owned(),
+            hint: format!("record at most {} tokens at a time, or call forward", self.plan.max_tokens()),
+        }
+    }
+
     /// The routing of the last forward or recorded pass; the caller has submitted what was recorded.
     pub(crate) async fn routing(&self) -> Result<RoutingDecision> {
         let state = self.state.lock().await;
         match &state.routing {
             Some(routing) => Ok(routing.clone()),
-            None if state.last.num_tokens > self.plan.max_tokens() => Err(Error::Unsupported {
-                what: "the routing of a recorded batch that took several passes".to_owned(),
-                by: "after the fact (each pass overwrites that of the one before)".to_owned(),
-                hint: format!("record at most {} tokens at a time, or call forward", self.plan.max_tokens()),
-            }),
+            None if state.last.num_tokens > self.plan.max_tokens() => Err(self.overwritten("the routing")),
             None => self.read_routing(&state, state.last.num_tokens).await,
         }
     }
@@ -369,6 +386,18 @@ impl GpuLayer {
                 None => num_dropped += 1,
             }
         }
+        let (drops, words) = (self.plan.non_finite() == NonFinite::Drop, STATUS_BYTES as usize / 4);
+        let status = self.read_words(state, "status", if drops { words + t } else { words }).await?;
+        let non_finite_tokens = match self.plan.non_finite() {
+            NonFinite::Drop => {
+                let marks = status.get(words..).unwrap_or_default();
+                (0..).zip(marks).filter(|(_, mark)| **mark != 0).map(|(t, _)| t).collect()
+            }
+            _ => {
+                let broken = |weights: &[f32]| weights.iter().any(|w| !w.is_finite());
+                (0..).zip(topk_weights.chunks(k)).filter(|(_, weights)| broken(weights)).map(|(t, _)| t).collect()
+            }
+        };
         Ok(RoutingDecision {
             num_tokens: t,
             topk_experts,
@@ -377,6 +406,8 @@ impl GpuLayer {
             router_logits,
             tokens_per_expert,
             num_dropped,
+            over_capacity: pass_status(&status).over_capacity,
+            non_finite_tokens,
         })
     }
 
@@ -485,6 +516,12 @@ enum FrontTarget {
     Noise,
 }
 
+/// What the words at the front of the status buffer say.
+fn pass_status(words: &[u32]) -> PassStatus {
+    let word = |index: usize| words.get(index).copied().unwrap_or(0);
+    PassStatus { non_finite_tokens: word(0), over_capacity: word(1) }
+}
+
 /// The buffer that holds the choices which count.
 pub(super) fn final_experts(config: &MoeConfig, kind: PassKind) -> &'static str {
     let limited = config.routing().capacity.is_some() && kind.front != FrontKind::Assignments;
@@ -498,12 +535,15 @@ fn front_is_kept(kind: PassKind, config: &MoeConfig) -> bool {
 
 /// Adds the routing of the next pass of the same batch.
 fn append(all: &mut RoutingDecision, part: RoutingDecision) {
+    let first_token = all.num_tokens as u32;
+    all.non_finite_tokens.extend(part.non_finite_tokens.into_iter().map(|t| first_token + t));
     all.num_tokens += part.num_tokens;
     all.topk_experts.extend(part.topk_experts);
     all.topk_weights.extend(part.topk_weights);
     all.router_logits.extend(part.router_logits);
     all.shared_weights.extend(part.shared_weights);
     all.num_dropped += part.num_dropped;
+    all.over_capacity += part.over_capacity;
     for (sum, count) in all.tokens_per_expert.iter_mut().zip(part.tokens_per_expert) {
         *sum += count;
     }
