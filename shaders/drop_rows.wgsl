@@ -2,7 +2,7 @@
 //
 //     y[t, :] = 0  if token t is marked
 //
-// CPU twin   src/reference/mod.rs
+// CPU twin   src/reference/drop_rows.rs
 // Mapping    workgroup = one token
 // Grid       [num_tokens], folded
 // Requires   nothing

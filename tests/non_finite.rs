@@ -4,6 +4,7 @@
 mod support;
 
 use support::{Values, assert_same_bits, config, gpu_context, read_buffer};
+use wgmoe::reference;
 use wgmoe::wgpu;
 use wgmoe::{
     Activation, Batch, Capacity, CapacityLimit, Context, DROPPED, Error, ExtraWeights, GpuMemory, LayerExtras,
@@ -123,10 +124,10 @@ fn logits_that_overflow_under_each_policy() {
     let config = config([H as u32, 8, 6, 3], true);
     let mut weights = Values(3).weights(&config);
     weights.router[..H].fill(1e30);
-    let mut x = Values(5).floats(20 * H).iter().map(|v| v * 1e-30).collect::<Vec<_>>();
+    let mut x = Values(5).floats(20 * H);
     x[7 * H..8 * H].fill(1e30); // infinite
     x[9 * H..10 * H].iter_mut().enumerate().for_each(|(i, v)| *v = if i % 2 == 0 { 3e38 } else { -3e38 }); // NaN
-    let clean: Vec<f32> = x.iter().map(|&v| if v.abs() > 1.0 { 0.0 } else { v }).collect();
+    let clean: Vec<f32> = x.iter().map(|&v| if v.abs() > 1e20 { 0.0 } else { v }).collect();
     for context in engines() {
         let expected = layer(&context, &config, &weights, NonFinite::Error).forward(&clean).expect("it is clean");
         for policy in [NonFinite::Error, NonFinite::Drop, NonFinite::Propagate] {
@@ -138,6 +139,15 @@ fn logits_that_overflow_under_each_policy() {
                 assert_rows(&format!("{policy:?}"), policy, &result.expect("no error"), &expected, &[7, 9]);
                 assert_eq!(layer.status().expect("there was a pass").non_finite_tokens, 2);
             }
+        }
+        // As the reference drops them: what is left is not zero, what is dropped is.
+        let mut exact = reference::moe_forward(&config, &weights, &clean).y;
+        reference::drop_rows::drop_rows(&mut exact, H, &[7, 9]);
+        let y = layer(&context, &config, &weights, NonFinite::Drop).forward(&x).expect("no error");
+        let most = exact.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+        support::assert_close("dropped", &y, &exact, |_| 1e-5 * most);
+        for (t, row) in exact.chunks_exact(H).enumerate() {
+            assert_eq!(row.iter().all(|v| *v == 0.0), t == 7 || t == 9, "token {t}");
         }
     }
 }
@@ -167,11 +177,8 @@ fn ids_stay_ids_whatever_the_logits_are() {
                 logits[3 * e..4 * e].fill(-INF);
                 logits[4 * e - 1] = 1.0;
             }
-            let is_broken = |row: &[f32]| {
-                let max = row.iter().copied().fold(-INF, f32::max);
-                !max.is_finite() || row.iter().any(|l| l.is_nan())
-            };
-            let broken: Vec<usize> = (0..tokens).filter(|t| is_broken(&logits[t * e..][..e])).collect();
+            let exact: Vec<f64> = logits.iter().map(|&l| l.into()).collect();
+            let broken = reference::drop_rows::broken_tokens(&exact, e);
             assert!(broken.len() > 2 && broken.len() < tokens, "{e}: {broken:?}");
             for policy in [NonFinite::Drop, NonFinite::Propagate] {
                 let mut all_ids = Vec::new();

@@ -10,6 +10,7 @@
 pub mod capacity;
 pub mod combine;
 pub mod down;
+pub mod drop_rows;
 pub mod gate_up;
 pub mod norm;
 pub mod permute;
