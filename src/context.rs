@@ -70,6 +70,14 @@ impl Context {
         Self { info: gpu.info().clone(), engine: Engine::Gpu(gpu), reason }
     }
 
+    /// Opens an adapter that the caller found, with the limits that WebGPU guarantees or all that it has. The device is
+    /// this context's own.
+    pub fn from_adapter(adapter: &gpu::Adapter, all_limits: bool) -> Result<Self> {
+        let gpu = pollster::block_on(Gpu::open(adapter, all_limits))?;
+        let reason = "the caller's own adapter".to_owned();
+        Ok(Self { info: gpu.info().clone(), engine: Engine::Gpu(gpu), reason })
+    }
+
     /// Name, backend, driver, kind.
     pub fn device(&self) -> &DeviceInfo {
         &self.info

@@ -11,6 +11,7 @@ use crate::model::batch::{Batch, Front};
 use crate::model::checkpoint::LayerSource;
 use crate::model::config::MoeConfig;
 use crate::model::formats::{LayerFormats, WeightFormat};
+use crate::model::host_copy::{HostCopy, Keeping};
 use crate::model::routing::{NonFinite, PassStatus, RoutingDecision};
 use crate::model::source::{ExpertSource, HostSource};
 use crate::model::statistics::Statistics;
@@ -37,6 +38,9 @@ pub struct LayerOptions {
     pub gpu_memory: GpuMemory,
     /// What becomes of tokens whose router logits are NaN or infinite.
     pub non_finite: NonFinite,
+    /// Keep a copy of the weights on the host, packed as on the device, from which [`MoeLayer::recover`] rebuilds the
+    /// layer.
+    pub recoverable: bool,
     /// Experts that stay on the GPU, if not all do. One place has to be left for others.
     pub pinned_experts: Vec<u32>,
     /// Choices that were measured on this very device: where one fits a pass, it goes before the plan's table. `matmul`
@@ -85,6 +89,7 @@ pub struct MoeLayer {
     config: MoeConfig,
     options: LayerOptions,
     engine: LayerEngine,
+    host: Option<HostCopy>,
 }
 
 enum LayerEngine {
@@ -163,7 +168,28 @@ impl MoeLayer {
         options: &LayerOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
-        let engine = match context.engine() {
+        let experts = config.num_experts();
+        if !options.recoverable {
+            let engine = Self::engine(context, &config, experts, weights, source, options, progress).await?;
+            return Ok(Self { config, options: options.clone(), engine, host: None });
+        }
+        let copy = HostCopy::new(weights, source.formats(), experts);
+        let mut source = Keeping { source, copy };
+        let engine = Self::engine(context, &config, experts, weights, &mut source, options, progress).await?;
+        Ok(Self { config, options: options.clone(), engine, host: Some(source.copy) })
+    }
+
+    /// The layer on its device, with kernels as for `nominal_experts`.
+    async fn engine(
+        context: &Context,
+        config: &MoeConfig,
+        nominal_experts: u32,
+        weights: &MoeWeights,
+        source: &mut dyn ExpertSource,
+        options: &LayerOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<LayerEngine> {
+        Ok(match context.engine() {
             Engine::Gpu(gpu) => {
                 let mut device = gpu.profile().clone();
                 if let Some(most) = options.max_binding_bytes {
@@ -172,8 +198,8 @@ impl MoeLayer {
                 let tuned = options.tuning.as_ref().map(|tuning| tuning.choices_for(gpu.info())).transpose()?;
                 let request = MatmulRequest { variant: options.matmul, choice: options.tile, tuned };
                 let tensors = OptionalTensors::of(weights);
-                let experts = config.num_experts();
-                let plan = LayerPlan::with_tensors(&config, tensors, source.formats(), &device, &request, experts)?;
+                let formats = source.formats();
+                let plan = LayerPlan::with_tensors(config, tensors, formats, &device, &request, nominal_experts)?;
                 let plan = plan.with_non_finite(options.non_finite)?;
                 let total = plan.matrices().iter().map(|matrix| matrix.bytes()).sum();
                 let most = match options.gpu_memory {
@@ -194,8 +220,31 @@ impl MoeLayer {
                 layer.set_non_finite(options.non_finite);
                 LayerEngine::Cpu(Box::new(CpuState { layer, last: Mutex::default() }))
             }
+        })
+    }
+
+    /// Builds the layer again on another context, after [`Error::DeviceLost`]: with the weights that it has now, added,
+    /// removed and replaced experts included, and the kernels that it had, so that results on the same kind of device
+    /// have the same bits. What the last pass left (routing, statistics, a resident input) is gone.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the layer was not built with [`LayerOptions::recoverable`]; those of building it. The
+    /// layer stays as it was then.
+    pub fn recover(&mut self, context: &Context) -> Result<()> {
+        let Some(host) = &self.host else {
+            return Err(Error::Unsupported {
+                what: "recovering".to_owned(),
+                by: "by a layer that keeps no copy of its weights on the host".to_owned(),
+                hint: "build it with LayerOptions::recoverable, or build a new one from its weights".to_owned(),
+            });
         };
-        Ok(Self { config, options: options.clone(), engine })
+        let (config, mut source) = (&self.config, host);
+        let (nominal, weights, options) = (host.nominal_experts, &host.weights, &self.options);
+        let span = load_span(config);
+        let mut silent = |_, _| {};
+        let engine = Self::engine(context, config, nominal, weights, &mut source, options, &mut silent);
+        self.engine = pollster::block_on(engine.instrument(span))?;
+        Ok(())
     }
 
     /// Another plan for this layer, with other measured choices; [`MoeLayer::exchange`] puts it in force.
@@ -430,6 +479,15 @@ impl MoeLayer {
     }
 
     fn edit(&mut self, edit: Edit<'_>) -> Result<()> {
+        let before = self.config.clone();
+        let change = match (&self.host, edit) {
+            (None, _) => None,
+            (Some(host), Edit::Add(expert)) => {
+                Some(host.prepare(&before, before.num_weighted_experts(), 0, Some(expert))?)
+            }
+            (Some(host), Edit::Remove(id)) => Some(host.prepare(&before, id, 1, None)?),
+            (Some(host), Edit::Replace(id, expert)) => Some(host.prepare(&before, id, 1, Some(expert))?),
+        };
         match &mut self.engine {
             LayerEngine::Gpu(layer) => {
                 let result = pollster::block_on(layer.edit(edit));
@@ -445,6 +503,9 @@ impl MoeLayer {
                 self.config = cpu.layer.config().clone();
                 *lock(&cpu.last) = CpuLast::default();
             }
+        }
+        if let (Some(host), Some(change)) = (&mut self.host, change) {
+            host.apply(&before, change);
         }
         Ok(())
     }

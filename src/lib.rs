@@ -91,7 +91,7 @@ pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
 pub use check::{KernelCheck, check_kernels};
 pub use context::Context;
 pub use error::{Error, Result};
-pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Gpu, PassStats, ResidencyStats, StageTime, adapters};
+pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Fault, Gpu, PassStats, ResidencyStats, StageTime, adapters};
 pub use kernels::matmul::{MatmulChoice, MatmulVariant};
 pub use layer::{GpuMemory, LayerOptions, MoeLayer};
 pub use model::activation::{Activation, Form, Function};

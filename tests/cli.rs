@@ -356,6 +356,38 @@ fn run_drops_or_propagates_what_is_no_number() {
     }
 }
 
+/// Files may not grow past a kilobyte, as on a full disk: what was there before stays, nothing half-written is left, and the
+/// message says which file it was.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_costs_nothing_that_was_there() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let case = golden("mixtral__t7_h72_i40_e8k2_hub.safetensors");
+    let (input, file) = (format!("{}:io.hidden_states", text(&case)), folder.path().join("written"));
+    let commands = [
+        vec!["run", text(&case), "--input", &input, "--output", text(&file)],
+        vec!["quantize", text(&case), "--to", "f16", "--output", text(&file)],
+        [&["bench", "--json", text(&file)], &TINY[..]].concat(),
+    ];
+    for (args, old) in commands.iter().flat_map(|args| [(args, false), (args, true)]) {
+        if old {
+            std::fs::write(&file, "what was there").expect("writable");
+        }
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' XFSZ; ulimit -f 1; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_wgmoe")]).args(args);
+        let output = command.env("WGMOE_ADAPTER", "cpu").stdin(Stdio::null()).output().expect("there is a shell");
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {message}");
+        assert!(message.contains(text(&file)) && !message.contains("panicked"), "{args:?}: {message}");
+        let left: Vec<_> = std::fs::read_dir(folder.path()).expect("a folder").map(|f| f.map(|f| f.path())).collect();
+        assert_eq!(left.len(), usize::from(old), "{args:?}: {left:?}");
+        if old {
+            assert_eq!(std::fs::read(&file).expect("it stays"), b"what was there", "{args:?}");
+            std::fs::remove_file(&file).expect("it is there");
+        }
+    }
+}
+
 #[test]
 fn quantize_says_what_it_did_and_run_reads_it() {
     let folder = tempfile::tempdir().expect("a temporary folder");

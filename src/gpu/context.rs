@@ -1,6 +1,7 @@
 //! One open device, its error channels, its waits, and counts of what was done with it.
 
 use super::adapter::{self, DeviceInfo};
+use super::fault::{Call, Fault, Injection};
 use super::pipeline::Pipeline;
 use crate::error::{Error, Result};
 use crate::plan::DeviceProfile;
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// How long a wait may take before it is given up, unless [`Gpu::set_deadline`] says otherwise.
 const DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long a device that failed is asked whether it is lost.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// An open device. Cheap to clone; all clones are the same device.
 #[derive(Clone)]
@@ -30,6 +34,7 @@ struct Inner {
     faults: Arc<Faults>,
     pipelines: Mutex<HashMap<String, Arc<Pipeline>>>,
     deadline: Mutex<Duration>,
+    injection: Injection,
 }
 
 /// What the device reported outside of any scope of ours.
@@ -105,6 +110,7 @@ impl Gpu {
             faults: Arc::default(),
             pipelines: Mutex::default(),
             deadline: Mutex::new(DEADLINE),
+            injection: Injection::default(),
         };
         Self { inner: Arc::new(inner), counters: Arc::default() }
     }
@@ -137,6 +143,22 @@ impl Gpu {
     /// Waits end with [`Error::Timeout`] after this long.
     pub fn set_deadline(&self, deadline: Duration) {
         *lock(&self.inner.deadline) = deadline;
+    }
+
+    /// Makes a call fail: the one after the next `after` that `fault` can hit, by whichever clone. For tests of what a
+    /// program does then; [`Gpu::calls`] says how many there are to try.
+    pub fn fail_call(&self, fault: Fault, after: u64) {
+        self.inner.injection.set(fault, after);
+    }
+
+    /// No call is made to fail any more.
+    pub fn fail_no_call(&self) {
+        self.inner.injection.clear();
+    }
+
+    /// Calls to the device so far that `fault` could have hit.
+    pub fn calls(&self, fault: Fault) -> u64 {
+        self.inner.injection.calls(fault)
     }
 
     /// Buffers created through this handle and its clones so far.
@@ -179,6 +201,15 @@ impl Gpu {
     /// Runs `create` with every error of the device caught and typed.
     pub(crate) async fn scoped<T>(&self, during: &str, create: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         let device = self.device();
+        match self.inner.injection.hit(Call::Make) {
+            Some(Fault::OutOfMemory) => return Err(Error::OutOfMemory { during: during.to_owned() }),
+            Some(Fault::Refused) => {
+                let message = "it was made to fail (Gpu::fail_call)".to_owned();
+                return Err(Error::Device { during: during.to_owned(), message });
+            }
+            Some(Fault::Lost) => device.destroy(),
+            Some(Fault::NoAnswer) | None => {}
+        }
         let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
@@ -286,9 +317,9 @@ impl Gpu {
     /// `result`, but if the device is gone, that is the error: what failed because of it says less.
     pub(crate) fn explain<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(Error::Device { .. } | Error::OutOfMemory { .. } | Error::Kernel { .. }) = &result {
-            // The loss of a device is reported while it is polled.
+            // The loss of a device is reported while it is polled, once nothing is on its way any more.
             #[cfg(not(target_arch = "wasm32"))]
-            let _ = self.device().poll(wgpu::PollType::Poll);
+            let _ = self.device().poll(wgpu::PollType::Wait { submission_index: None, timeout: Some(LAST_WORDS) });
             if let Some(message) = lock(&self.inner.faults.lost).clone() {
                 return Err(Error::DeviceLost { message });
             }
@@ -301,12 +332,18 @@ impl Gpu {
         #[cfg(not(target_arch = "wasm32"))]
         {
             let deadline = *lock(&self.inner.deadline);
+            let too_late = || Err(Error::Timeout { what: during, seconds: deadline.as_secs() });
+            match self.inner.injection.hit(Call::Wait) {
+                Some(Fault::NoAnswer) => return too_late(),
+                Some(Fault::Lost) => self.device().destroy(),
+                Some(Fault::OutOfMemory | Fault::Refused) | None => {}
+            }
             let start = std::time::Instant::now();
             while signal.peek().is_none() {
                 self.check(during)?;
                 let left = deadline.saturating_sub(start.elapsed());
                 if left.is_zero() {
-                    return Err(Error::Timeout { what: during, seconds: deadline.as_secs() });
+                    return too_late();
                 }
                 // Short slices, so that a lost device is noticed even if its callbacks never come.
                 let timeout = Some(left.min(Duration::from_secs(1)));

@@ -5,6 +5,7 @@
 
 pub mod adapter;
 pub mod context;
+pub mod fault;
 pub(crate) mod harness;
 pub mod layer;
 pub mod pipeline;
@@ -14,9 +15,10 @@ pub mod weights;
 
 pub use adapter::{AdapterFacts, DeviceChoice, DeviceInfo, adapters};
 pub use context::Gpu;
+pub use fault::Fault;
 pub use layer::ResidencyStats;
 pub(crate) use probe::Yard;
 pub use recorder::{PassStats, StageTime};
 
 /// wgpu's types that appear in this crate's interface.
-pub use wgpu::{Buffer, CommandEncoder, Device, Queue};
+pub use wgpu::{Adapter, Buffer, CommandEncoder, Device, Queue};

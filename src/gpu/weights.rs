@@ -255,6 +255,16 @@ impl Uploader {
 
     /// `bytes`, a multiple of 4, to `buffer` from `at` on.
     pub(super) async fn bytes(&mut self, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
+        let result = self.copy(buffer, at, bytes).await;
+        if result.is_err() {
+            // Mapped, on their way or neither: nobody knows.
+            self.staging.clear();
+            self.next = 0;
+        }
+        result
+    }
+
+    async fn copy(&mut self, buffer: &wgpu::Buffer, at: u64, bytes: &[u8]) -> Result<()> {
         for (n, bytes) in bytes.chunks(STAGING_BYTES).enumerate() {
             let (staging, signal) = self.free().await?;
             if let Some(signal) = signal {

@@ -8,6 +8,7 @@ pub mod config;
 pub mod family;
 pub mod formats;
 mod gguf;
+pub(crate) mod host_copy;
 pub(crate) mod layer_reader;
 mod model_config;
 pub(crate) mod noise;

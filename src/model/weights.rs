@@ -241,19 +241,30 @@ impl MoeWeights {
 
     /// `removed` experts at `at` make place for the inserted one.
     fn splice(&mut self, config: &MoeConfig, at: usize, removed: usize, inserted: Option<&ExpertWeights>) {
+        let size = config.intermediate_size() as usize * config.expert_size() as usize;
+        let none = ExpertWeights::default();
+        let new = inserted.unwrap_or(&none);
+        splice_row(&mut self.up_proj, size, at, removed, &new.up_proj);
+        splice_row(&mut self.down_proj, size, at, removed, &new.down_proj);
+        if config.activation().is_gated() {
+            splice_row(&mut self.gate_proj, size, at, removed, &new.gate_proj);
+        }
+        self.splice_without_matrices(config, at, removed, inserted);
+    }
+
+    /// As [`MoeWeights::splice`], for all but the experts' matrices.
+    pub(crate) fn splice_without_matrices(
+        &mut self,
+        config: &MoeConfig,
+        at: usize,
+        removed: usize,
+        inserted: Option<&ExpertWeights>,
+    ) {
         let [h, i, d] = [config.hidden_size(), config.intermediate_size(), config.expert_size()].map(|n| n as usize);
         let none = ExpertWeights::default();
         let new = inserted.unwrap_or(&none);
         let extras = &mut self.extras;
-        let mut projections =
-            vec![(&mut self.up_proj, i * d, &new.up_proj[..]), (&mut self.down_proj, i * d, &new.down_proj[..])];
-        if config.activation().is_gated() {
-            projections.push((&mut self.gate_proj, i * d, &new.gate_proj));
-        }
-        projections.push((&mut self.router, h, &new.router_row));
-        for (values, size, row) in projections {
-            splice_row(values, size, at, removed, row);
-        }
+        splice_row(&mut self.router, h, at, removed, &new.router_row);
         let scalar = |of: fn(&ExpertWeights) -> f32| inserted.map(of).into_iter().collect::<Vec<f32>>();
         let no_noise = vec![0.0; if inserted.is_some() { h } else { 0 }];
         let row = |bias: &Option<Vec<f32>>| bias.clone().unwrap_or_default();

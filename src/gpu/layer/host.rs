@@ -287,8 +287,16 @@ impl GpuLayer {
         let mut state = self.state.lock().await;
         let before = self.counts();
         let key = self.bind_resident(&mut state).await?;
-        let choices = state.io.as_ref().and_then(|io| io.choices.clone());
-        let (encoder, dispatches) = self.run_pass(&state, self.encoder(), key, choices.as_ref()).await?;
+        let io = state.io.take();
+        let choices = io.as_ref().and_then(|io| io.choices.as_ref());
+        let ran = self.run_pass(&state, self.encoder(), key, choices).await;
+        if ran.is_err() {
+            // The buffer of the choices is in no known state, and goes with the resident input.
+            state.resident = 0;
+        } else {
+            state.io = io;
+        }
+        let (encoder, dispatches) = ran?;
         submit_and_wait(&self.gpu, encoder, "the forward pass").await?;
         state.routing = None;
         state.status = None;
