@@ -104,7 +104,9 @@ mod tests {
             path
         };
         let [blob, secret, inside] = ["m/blobs/b", "secret", "m/snapshots/1/real"].map(make);
-        [&blob, &secret, &inside].map(|path| std::fs::write(path, b"x").expect("it can be written"));
+        for path in [&blob, &secret, &inside] {
+            std::fs::write(path, b"x").expect("it can be written");
+        }
         let link = |name: &str, target: &str| {
             let path = inside.with_file_name(name);
             symlink(target, &path).expect("it can be made");
