@@ -8,7 +8,6 @@ use crate::error::{Error, Result, brief};
 use crate::model::formats::WeightFormat;
 use crate::small_file::{self, Unreadable};
 use crate::{DeviceInfo, Roofline};
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::fmt::Write as _;
@@ -389,9 +388,12 @@ impl Results {
 
     fn parse(path: &Path, bytes: &[u8]) -> Result<Results> {
         let bad = |what: &str, found: String, expected: String| bad(path, what, found, expected);
-        serde_json::from_slice::<IgnoredAny>(bytes)
-            .map_err(|error| bad("the file", format!("no JSON: {error}"), RESULTS.to_owned()))?;
-        let head = serde_json::from_slice::<Head>(bytes).unwrap_or_default();
+        let head = match serde_json::from_slice::<Head>(bytes) {
+            Ok(head) => head,
+            // JSON, but no object with one schema.
+            Err(error) if error.is_data() => Head::default(),
+            Err(error) => return Err(bad("the file", format!("no JSON: {error}"), RESULTS.to_owned())),
+        };
         let found = head.schema.map_or("missing", RawValue::get);
         match found.parse() {
             Ok(1..=SCHEMA) => {}
