@@ -1,6 +1,7 @@
 //! The one error type. Every variant carries what was found, what was expected and the way out,
 //! so that a caller can act on it and a user can read it.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// Everything that can go wrong in this crate. A panic is a bug in the crate, never an answer.
@@ -8,7 +9,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A size or option of the layer that no device could run.
-    #[error("{field} is {found}, expected {expected}")]
+    #[error("{field} is {}, expected {expected}", Brief(found))]
     InvalidConfig {
         /// Name of the field, as in [`MoeConfig`](crate::MoeConfig) or a configuration file.
         field: &'static str,
@@ -127,7 +128,7 @@ pub enum Error {
         seconds: u64,
     },
     /// Something that only a GPU context can do was asked of the CPU engine, or the like.
-    #[error("{what} is not supported {by}; {hint}")]
+    #[error("{} is not supported {}; {}", Brief(what), Brief(by), Brief(hint))]
     Unsupported {
         /// What was asked for.
         what: String,
@@ -145,7 +146,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file whose content cannot be what it claims to be.
-    #[error("{path}: {message}", path = path.display())]
+    #[error("{path}: {}", Brief(message), path = path.display())]
     BadFile {
         /// The file.
         path: PathBuf,
@@ -153,7 +154,7 @@ pub enum Error {
         message: String,
     },
     /// A tensor that the file should hold.
-    #[error("{path}: no tensor {tensor:?}; {hint}", path = path.display())]
+    #[error("{path}: no tensor \"{}\"; {}", Brief(tensor), Brief(hint), path = path.display())]
     MissingTensor {
         /// The file.
         path: PathBuf,
@@ -163,7 +164,7 @@ pub enum Error {
         hint: String,
     },
     /// A tensor whose shape or type is not what the configuration says.
-    #[error("{path}: tensor {tensor:?} is {found}, expected {expected}", path = path.display())]
+    #[error("{path}: tensor {tensor:?} is {}, expected {}", Brief(found), Brief(expected), path = path.display())]
     BadTensor {
         /// The file.
         path: PathBuf,
@@ -175,7 +176,11 @@ pub enum Error {
         expected: String,
     },
     /// A tuning file that is not used: damaged, or made by or for something else.
-    #[error("{path}: {what} is {found}, expected {expected}; `wgmoe tune` makes a new one", path = path.display())]
+    #[error(
+        "{path}: {what} is {}, expected {expected}; `wgmoe tune` makes a new one",
+        Brief(found),
+        path = path.display()
+    )]
     BadTuning {
         /// The file.
         path: PathBuf,
@@ -188,7 +193,8 @@ pub enum Error {
     },
     /// A trace of routing that cannot be used.
     #[error(
-        "{path}: {what} is {found}, expected {expected}; `wgmoe inspect --save-trace` makes a trace",
+        "{path}: {what} is {}, expected {expected}; `wgmoe inspect --save-trace` makes a trace",
+        Brief(found),
         path = path.display()
     )]
     BadTrace {
@@ -202,7 +208,7 @@ pub enum Error {
         expected: String,
     },
     /// A file of results that cannot be read: damaged, of a newer schema, or something else altogether.
-    #[error("{path}: {what} is {found}, expected {expected}", path = path.display())]
+    #[error("{path}: {} is {}, expected {expected}", Brief(what), Brief(found), path = path.display())]
     BadResults {
         /// The file.
         path: PathBuf,
@@ -214,7 +220,7 @@ pub enum Error {
         expected: String,
     },
     /// A family description that cannot be used.
-    #[error("{path}: {message}", path = path.display())]
+    #[error("{path}: {}", Brief(message), path = path.display())]
     BadFamily {
         /// The TOML file, or the built-in one's name.
         path: PathBuf,
@@ -226,6 +232,37 @@ pub enum Error {
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Words that may have come from a file: those of a hostile one can be as long as itself, or steer a terminal. What is
+/// too long loses its middle, as its end is often the way out.
+struct Brief<'a>(&'a str);
+
+impl fmt::Display for Brief<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// Characters. The longest message of our own lists every family.
+        const START: usize = 1200;
+        const END: usize = 600;
+        let write = |f: &mut fmt::Formatter<'_>, c: char| match c {
+            '\n' => f.write_str("\n"),
+            c if c.is_control() => write!(f, "{}", c.escape_default()),
+            c => fmt::Write::write_char(f, c),
+        };
+        let mut left = self.0.chars();
+        left.by_ref().take(START).try_for_each(|c| write(f, c))?;
+        let left = left.as_str();
+        if left.chars().nth(END).is_none() {
+            return left.chars().try_for_each(|c| write(f, c));
+        }
+        let end = left.char_indices().rev().nth(END - 1).map_or(0, |(at, _)| at);
+        write!(f, " ({end} bytes left out) ")?;
+        left[end..].chars().try_for_each(|c| write(f, c))
+    }
+}
+
+/// What an error says, without most of what it quotes from a file.
+pub(crate) fn brief(error: impl fmt::Display) -> String {
+    Brief(&error.to_string()).to_string()
+}
+
 fn list(names: &[String]) -> String {
     if names.is_empty() { "no adapters at all".to_owned() } else { names.join(", ") }
 }
@@ -234,5 +271,25 @@ impl Error {
     /// A configuration error, in one line at the call site.
     pub(crate) fn config(field: &'static str, found: impl ToString, expected: impl Into<String>) -> Self {
         Error::InvalidConfig { field, found: found.to_string(), expected: expected.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_files_are_cut_and_cannot_steer_a_terminal() {
+        let of = |text: &str| Brief(text).to_string();
+        for text in ["", "plain", "Wörter", &"é".repeat(1800), "two\nlines"] {
+            assert_eq!(of(text), text);
+        }
+        assert_eq!(of("\u{1b}[31m\0\r\u{9b}"), "\\u{1b}[31m\\u{0}\\r\\u{9b}");
+        let long = of(&format!("start {} end", "é".repeat(1 << 20)));
+        assert!(long.starts_with("start é") && long.ends_with("é end") && long.len() < 4000, "{}", long.len());
+        assert!(long.contains("bytes left out"));
+        let message = |message: &str| Error::BadFile { path: "f".into(), message: message.to_owned() }.to_string();
+        assert!(message(&"x".repeat(1 << 20)).len() < 2000);
+        assert_eq!(message("short"), "f: short");
     }
 }

@@ -84,6 +84,7 @@ pub mod layer;
 pub mod model;
 pub mod plan;
 pub mod reference;
+mod small_file;
 pub mod trace;
 pub mod tune;
 

@@ -17,16 +17,24 @@
 //! Nobody has to trust such a file: what is read is checked, and a trace that was read can be replayed.
 
 use crate::atomic_file::write_atomically;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, brief};
 use crate::model::config::{MAX_EXPERTS, MAX_TOP_K};
+use crate::small_file::{self, Unreadable};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use std::io::Read;
+use std::fmt;
+use std::io::{BufReader, Read, Seek};
+use std::marker::PhantomData;
 use std::path::Path;
 
 /// Version of the format.
 pub const SCHEMA: u32 = 1;
 /// A million tokens of one layer with eight experts each are a fifth of this.
 pub const MAX_BYTES: u64 = 512 << 20;
+/// Most experts in a row that is kept: no layer has more.
+const MAX_ROW: usize = MAX_EXPERTS as usize;
+const MAX_LABELS: usize = 1 << 21;
+const MAX_LAYERS: usize = 4096;
 
 /// Who computed for whom, in one layer or several.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -62,25 +70,58 @@ impl TraceLayer {
 }
 
 /// What is written: a row for each token, as a person or another program would write them.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Stored {
+#[derive(Serialize)]
+struct Written<'a> {
     schema: u32,
-    source: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    labels: Option<Vec<String>>,
-    layers: Vec<StoredLayer>,
+    source: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    labels: Option<&'a [String]>,
+    layers: Vec<WrittenLayer<'a>>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
+struct WrittenLayer<'a> {
+    layer: u32,
+    num_experts: u32,
+    top_k: u32,
+    experts: Vec<&'a [i32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<Vec<&'a [f32]>>,
+}
+
+/// What is read.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    #[serde(rename = "schema")]
+    _schema: IgnoredAny,
+    source: String,
+    #[serde(default)]
+    labels: Option<List<String, MAX_LABELS>>,
+    layers: List<StoredLayer, MAX_LAYERS>,
+}
+
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredLayer {
     layer: u32,
     num_experts: u32,
     top_k: u32,
-    experts: Vec<Vec<i32>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    weights: Option<Vec<Vec<f32>>>,
+    experts: Rows<i32>,
+    #[serde(default)]
+    weights: Option<Rows<f32>>,
+}
+
+/// At most `N` of something that takes more memory than its shortest text has bytes.
+struct List<T, const N: usize>(Vec<T>);
+
+/// Rows one after the other: a list of lists takes ten times as much memory as its file.
+struct Rows<T> {
+    values: Vec<T>,
+    /// Of every row before `other`.
+    width: Option<usize>,
+    /// The first row of another width: its number and its width.
+    other: Option<(usize, usize)>,
 }
 
 /// What is looked at first: files of another schema may have other fields.
@@ -104,8 +145,14 @@ impl Trace {
     /// [`Error::BadTrace`] for a file that is damaged, too large, of another schema, or whose content is no routing;
     /// [`Error::Io`].
     pub fn read(path: &Path) -> Result<Self> {
-        let text = read(path)?;
-        Self::parse(&text).map_err(|wrong| bad(path, wrong))
+        let (file, length) = small_file::open(path).map_err(|reason| match reason {
+            Unreadable::Io(source) => Error::Io { path: path.to_owned(), source },
+            _ => bad(path, Wrong("it".to_owned(), "no regular file".to_owned(), "a trace".to_owned())),
+        })?;
+        if length > MAX_BYTES {
+            return Err(bad(path, too_large(&length.to_string())));
+        }
+        Self::parse(file).map_err(|wrong| bad(path, wrong))
     }
 
     /// Checks and writes. A reader finds the old file or the new one, never half of either.
@@ -114,12 +161,8 @@ impl Trace {
     /// As for [`Trace::read`].
     pub fn write(&self, path: &Path) -> Result<()> {
         self.check().map_err(|wrong| bad(path, wrong))?;
-        let stored = Stored {
-            schema: SCHEMA,
-            source: self.source.clone(),
-            labels: self.labels.clone(),
-            layers: self.layers.iter().map(StoredLayer::of).collect(),
-        };
+        let layers = self.layers.iter().map(WrittenLayer::of).collect();
+        let stored = Written { schema: SCHEMA, source: &self.source, labels: self.labels.as_deref(), layers };
         let mut text =
             serde_json::to_vec(&stored).map_err(|e| Error::Io { path: path.to_owned(), source: e.into() })?;
         text.push(b'\n');
@@ -129,18 +172,20 @@ impl Trace {
         write_atomically(path, &text)
     }
 
-    fn parse(text: &[u8]) -> Result<Self, Wrong> {
+    /// Reads `text` from its start, once for the schema and once for the rest: it may be too long to be kept.
+    fn parse(mut text: impl Read + Seek) -> Result<Self, Wrong> {
         let damaged = |error: serde_json::Error| {
             let expected = "a trace, as src/trace.rs describes it".to_owned();
-            Wrong("the content".to_owned(), format!("damaged ({error})"), expected)
+            Wrong("the content".to_owned(), format!("damaged ({})", brief(error)), expected)
         };
-        let Head { schema } = serde_json::from_slice(text).map_err(damaged)?;
+        let Head { schema } = serde_json::from_reader(BufReader::new(&mut text)).map_err(damaged)?;
         if schema != SCHEMA {
             return Err(Wrong("the schema".to_owned(), schema.to_string(), SCHEMA.to_string()));
         }
-        let stored: Stored = serde_json::from_slice(text).map_err(damaged)?;
-        let layers = stored.layers.into_iter().map(StoredLayer::flatten).collect::<Result<_, _>>()?;
-        let trace = Self { source: stored.source, labels: stored.labels, layers };
+        text.rewind().map_err(|error| damaged(serde_json::Error::io(error)))?;
+        let stored: Stored = serde_json::from_reader(BufReader::new(&mut text)).map_err(damaged)?;
+        let layers = stored.layers.0.into_iter().map(StoredLayer::checked).collect::<Result<_, _>>()?;
+        let trace = Self { source: stored.source, labels: stored.labels.map(|labels| labels.0), layers };
         trace.check()?;
         Ok(trace)
     }
@@ -218,39 +263,132 @@ impl TraceLayer {
     }
 }
 
-impl StoredLayer {
-    fn of(layer: &TraceLayer) -> Self {
+impl<'a> WrittenLayer<'a> {
+    fn of(layer: &'a TraceLayer) -> Self {
         let TraceLayer { layer: number, num_experts, top_k, experts, weights } = layer;
         let k = *top_k as usize;
         Self {
             layer: *number,
             num_experts: *num_experts,
             top_k: *top_k,
-            experts: experts.chunks_exact(k).map(<[i32]>::to_vec).collect(),
-            weights: weights.as_ref().map(|weights| weights.chunks_exact(k).map(<[f32]>::to_vec).collect()),
+            experts: experts.chunks_exact(k).collect(),
+            weights: weights.as_ref().map(|weights| weights.chunks_exact(k).collect()),
         }
     }
+}
 
-    fn flatten(self) -> Result<TraceLayer, Wrong> {
+impl StoredLayer {
+    fn checked(self) -> Result<TraceLayer, Wrong> {
         let Self { layer, num_experts, top_k, experts, weights } = self;
         let length = |what: &str, (t, found): (usize, usize)| {
             let what = format!("the number of {what} of token {t} of layer {layer}");
             Wrong(what, found.to_string(), format!("{top_k}, which is top_k"))
         };
-        let other = |(_, found): &(usize, usize)| *found != top_k as usize;
-        if let Some(found) = experts.iter().map(Vec::len).enumerate().find(other) {
+        if let Some(found) = experts.not_of(top_k) {
             return Err(length("experts", found));
         }
-        if let Some(found) = weights.iter().flatten().map(Vec::len).enumerate().find(other) {
+        if let Some(found) = weights.as_ref().and_then(|weights| weights.not_of(top_k)) {
             return Err(length("weights", found));
         }
-        Ok(TraceLayer {
-            layer,
-            num_experts,
-            top_k,
-            experts: experts.concat(),
-            weights: weights.map(|weights| weights.concat()),
-        })
+        let weights = weights.map(|weights| weights.values);
+        Ok(TraceLayer { layer, num_experts, top_k, experts: experts.values, weights })
+    }
+}
+
+impl<T> Rows<T> {
+    /// The first row that is not `width` wide, and how wide it is.
+    fn not_of(&self, width: u32) -> Option<(usize, usize)> {
+        match self.width {
+            Some(found) if found != width as usize => Some((0, found)),
+            _ => self.other,
+        }
+    }
+
+    /// Room for one more: a quarter at a time, as these lists are most of what a trace takes.
+    fn push(&mut self, value: T) {
+        if self.values.len() == self.values.capacity() {
+            self.values.reserve_exact((self.values.len() / 4).max(64));
+        }
+        self.values.push(value);
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Rows<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut rows = Rows { values: Vec::new(), width: None, other: None };
+        deserializer.deserialize_seq(All(&mut rows))?;
+        Ok(rows)
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for List<T, N> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Items<T, const N: usize>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for Items<T, N> {
+            type Value = List<T, N>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<List<T, N>, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = list.next_element()? {
+                    if items.len() == N {
+                        return Err(A::Error::custom(format!("more than {N} entries in a list")));
+                    }
+                    items.push(item);
+                }
+                Ok(List(items))
+            }
+        }
+        deserializer.deserialize_seq(Items(PhantomData))
+    }
+}
+
+/// Reads all rows.
+struct All<'r, T>(&'r mut Rows<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for All<'_, T> {
+    type Value = ();
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list with a list for each token")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let mut number = 0;
+        while let Some(width) = list.next_element_seed(Row(self.0))? {
+            if *self.0.width.get_or_insert(width) != width && self.0.other.is_none() {
+                self.0.other = Some((number, width));
+            }
+            number += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Reads one row, and says how wide it is.
+struct Row<'r, T>(&'r mut Rows<T>);
+
+impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for Row<'_, T> {
+    type Value = usize;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<usize, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Row<'_, T> {
+    type Value = usize;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of one number for each expert of a token")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<usize, A::Error> {
+        let mut width = 0;
+        while let Some(value) = list.next_element()? {
+            width += 1;
+            if width > MAX_ROW {
+                return Err(A::Error::custom(format!("more than {MAX_ROW} experts for one token")));
+            }
+            self.0.push(value);
+        }
+        Ok(width)
     }
 }
 
@@ -261,27 +399,6 @@ fn bad(path: &Path, Wrong(what, found, expected): Wrong) -> Error {
 fn too_large(found: &str) -> Wrong {
     let expected = format!("at most {MAX_BYTES}: record fewer tokens or layers");
     Wrong("the size".to_owned(), format!("{found} bytes"), expected)
-}
-
-/// A regular file of a sensible size, whole.
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
-    let metadata = std::fs::metadata(path).map_err(io)?;
-    // Opening a pipe would wait for somebody to write to it.
-    if !metadata.is_file() {
-        let wrong = Wrong("it".to_owned(), "no regular file".to_owned(), "a trace".to_owned());
-        return Err(bad(path, wrong));
-    }
-    if metadata.len() > MAX_BYTES {
-        return Err(bad(path, too_large(&metadata.len().to_string())));
-    }
-    let mut text = Vec::new();
-    // A file may grow, and some have no size at all.
-    std::fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(io)?;
-    match text.len() as u64 > MAX_BYTES {
-        true => Err(bad(path, too_large(&format!("more than {MAX_BYTES}")))),
-        false => Ok(text),
-    }
 }
 
 #[cfg(test)]
@@ -357,7 +474,8 @@ mod tests {
                 r#"{{"schema":1,"source":"","layers":[{{"layer":0,"num_experts":4,"top_k":2,"experts":{experts}}}]}}"#
             )
         };
-        assert!(Trace::parse(layer("[[0,1]]").as_bytes()).is_ok());
+        let parse = |text: String| Trace::parse(std::io::Cursor::new(text));
+        assert!(parse(layer("[[0,1]]")).is_ok());
         for (text, words) in [
             (String::new(), "damaged"),
             ("[]".to_owned(), "damaged"),
@@ -366,13 +484,16 @@ mod tests {
             (r#"{"schema":1,"source":"","layers":[],"more":1}"#.to_owned(), "damaged"),
             (layer("[[0,1],[2]]"), "the number of experts of token 1 of layer 0 is 1, expected 2"),
             (layer("[[0,1],[]]"), "is 0, expected 2"),
+            (layer("[[],[]]"), "the number of experts of token 0 of layer 0 is 0, expected 2"),
+            (layer("[[0,1],[2,3],[0,1,2]]"), "the number of experts of token 2 of layer 0 is 3, expected 2"),
+            (layer(&format!("[[{}]]", vec!["0"; 1025].join(","))), "more than 1024 experts for one token"),
             (layer("[[0,4]]"), "an expert of token 0 of layer 0 is 4"),
             (layer("[]"), "layers with tokens is 0"),
             (layer("[[0,99999999999]]"), "damaged"),
             (layer(r#"[[0,1]],"weights":[[1.0]]"#), "the number of weights of token 0 of layer 0 is 1"),
             (layer(r#"[[0,1]],"weights":[[1.0,1e99]]"#), "a weight of token 0"),
         ] {
-            let error = bad(Path::new("t.json"), Trace::parse(text.as_bytes()).expect_err(&text)).to_string();
+            let error = bad(Path::new("t.json"), parse(text.clone()).expect_err(&text)).to_string();
             assert!(error.contains(words) && error.contains("t.json") && error.contains("inspect"), "{text}: {error}");
         }
     }

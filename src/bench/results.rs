@@ -4,11 +4,12 @@ use crate::atomic_file::write_atomically;
 use crate::bench::facts::Facts;
 use crate::bench::router::RouterTime;
 use crate::bench::stats::{self, Interval};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, brief};
 use crate::model::formats::WeightFormat;
+use crate::small_file::{self, Unreadable};
 use crate::{DeviceInfo, Roofline};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -17,6 +18,9 @@ use std::path::Path;
 /// 2 added how times were taken ([`Timing`]), the yardstick and the machine's facts. Files of version 1 can be read.
 /// `docs/results-schema.json` describes the format for other programs.
 pub const SCHEMA: u32 = 2;
+/// A bench of every preset in every format is a tenth of this.
+const MAX_BYTES: u64 = 16 << 20;
+const RESULTS: &str = "results of `wgmoe bench --json`";
 
 /// Everything that one `wgmoe bench` found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -373,32 +377,31 @@ impl Results {
     /// # Errors
     /// [`Error::Io`]; [`Error::BadResults`] for a file that is damaged, of a newer schema, or something else altogether.
     pub fn load(path: &Path) -> Result<Results> {
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let bad = |what: &str, found: String, expected: String| bad(path, what, found, expected);
+        let bytes = small_file::read(path, MAX_BYTES).map_err(|reason| match reason {
+            Unreadable::NotPlain => bad("it", "no regular file".to_owned(), RESULTS.to_owned()),
+            Unreadable::TooLarge => bad("its size", format!("more than {MAX_BYTES} bytes"), RESULTS.to_owned()),
+            Unreadable::Io(source) => Error::Io { path: path.to_owned(), source },
+        })?;
         Results::parse(path, &bytes)
     }
 
     fn parse(path: &Path, bytes: &[u8]) -> Result<Results> {
-        let bad = |what: &str, found: String, expected: String| Error::BadResults {
-            path: path.to_owned(),
-            what: what.to_owned(),
-            found,
-            expected,
+        let bad = |what: &str, found: String, expected: String| bad(path, what, found, expected);
+        let head = match serde_json::from_slice::<Head>(bytes) {
+            Ok(head) => head,
+            // JSON, but no object with one schema.
+            Err(error) if error.is_data() => Head::default(),
+            Err(error) => return Err(bad("the file", format!("no JSON: {error}"), RESULTS.to_owned())),
         };
-        let json: Value = serde_json::from_slice(bytes).map_err(|error| {
-            bad("the file", format!("no JSON: {error}"), "results of `wgmoe bench --json`".to_owned())
-        })?;
-        match json.get("schema").and_then(Value::as_u64) {
-            Some(schema) if (1..=u64::from(SCHEMA)).contains(&schema) => {}
-            Some(schema) => {
-                return Err(bad("its schema", schema.to_string(), format!("1 to {SCHEMA}; a newer wgmoe may read it")));
-            }
-            None => {
-                let found = json.get("schema").map_or("missing".to_owned(), Value::to_string);
-                return Err(bad("its schema", found, format!("a number from 1 to {SCHEMA}")));
-            }
+        let found = head.schema.map_or("missing", RawValue::get);
+        match found.parse() {
+            Ok(1..=SCHEMA) => {}
+            Ok(_) => return Err(bad("its schema", found.into(), format!("1 to {SCHEMA}; a newer wgmoe may read it"))),
+            Err(_) => return Err(bad("its schema", brief(found), format!("a number from 1 to {SCHEMA}"))),
         }
-        let results: Results = serde_json::from_value(json)
-            .map_err(|error| bad("its content", error.to_string(), "the fields of its schema".to_owned()))?;
+        let results: Results = serde_json::from_slice(bytes)
+            .map_err(|error| bad("its content", brief(error), "the fields of its schema".to_owned()))?;
         for row in &results.rows {
             let rounds = row.timing.iter().flat_map(|timing| &timing.rounds);
             let mut times = rounds.flat_map(|round| [round.seconds, round.yardstick_s]).chain([row.median_s]);
@@ -408,6 +411,17 @@ impl Results {
         }
         Ok(results)
     }
+}
+
+/// What is looked at first: files of another schema may have other fields.
+#[derive(Default, Deserialize)]
+struct Head<'a> {
+    #[serde(borrow)]
+    schema: Option<&'a RawValue>,
+}
+
+fn bad(path: &Path, what: &str, found: String, expected: String) -> Error {
+    Error::BadResults { path: path.to_owned(), what: what.to_owned(), found, expected }
 }
 
 /// Writes `text` to `path` so that a reader finds the old file or the new one, never half of either.
@@ -426,6 +440,7 @@ pub fn write_json(path: &Path, json: &impl Serialize) -> Result<()> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use serde_json::Value;
 
     pub(crate) fn results() -> Results {
         let text = |text: &str| text.to_owned();

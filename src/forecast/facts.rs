@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::model::formats::WeightFormat;
 use crate::plan::DeviceProfile;
 use crate::plan::predict::Rates;
+use crate::small_file;
 use serde::{Deserialize, Serialize};
-use std::io::Read;
 use std::path::Path;
 
 /// Version of the format.
@@ -141,16 +141,9 @@ impl DeviceFacts {
     /// # Errors
     /// [`Error::BadFile`] for a file that is damaged, too large, of another schema, or whose numbers are none; [`Error::Io`].
     pub fn read(path: &Path) -> Result<Self> {
-        let io = |source| Error::Io { path: path.to_owned(), source };
         let bad = |message: String| Error::BadFile { path: path.to_owned(), message };
-        if !std::fs::metadata(path).map_err(io)?.is_file() {
-            return Err(bad("no regular file, expected facts of a device".to_owned()));
-        }
-        let mut bytes = Vec::new();
-        std::fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(bad(format!("more than {MAX_BYTES} bytes, expected facts of a device")));
-        }
+        let bytes = small_file::read(path, MAX_BYTES)
+            .map_err(|reason| reason.bad_file(path, MAX_BYTES, "facts of a device"))?;
         let text = String::from_utf8(bytes).map_err(|error| bad(format!("no text ({error})")))?;
         let is_toml = path.extension().is_some_and(|extension| extension == "toml");
         let parsed = match is_toml {

@@ -2,22 +2,25 @@
 //! a GGUF file, possibly split. Headers of shards are read when they are needed, so a checkpoint of which only some
 //! shards are on disk is fine as long as the layer's are. GGUF has no index: all parts have to be there.
 
-use crate::error::{Error, Result};
+mod index;
+
+use crate::error::{Error, Result, brief};
 use crate::model::config::MoeConfig;
 use crate::model::family::Family;
 use crate::model::family::layout::{self, Layout};
 use crate::model::formats::{LayerFormats, WeightFormat};
 use crate::model::gguf::parts::{self, GgufParts};
 use crate::model::layer_reader::{self, FileSource, LayerFile, LayerReader, Shards};
-use crate::model::model_config::ModelConfig;
+use crate::model::model_config::{self, ModelConfig};
 use crate::model::routing::Routing;
 use crate::model::tensor_file::{self, TensorFile};
-use crate::model::tensor_header::{UniqueMap, check_name};
+use crate::model::tensor_header::{UniqueMap, check_name, check_text};
 use crate::model::weights::MoeWeights;
-use serde::Deserialize;
+use crate::small_file::{self, Unreadable};
+use index::Index;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 pub use crate::model::tensor_file::{read_activations, read_integers, read_tensor, write_tensor};
 
@@ -176,7 +179,7 @@ impl Checkpoint {
         if let Some(json) = checkpoint.metadata.get(PACKED_KEY) {
             let bad = |message| Error::BadFile { path: checkpoint.path.clone(), message };
             checkpoint.packed = serde_json::from_str::<UniqueMap<WeightFormat>>(json)
-                .map_err(|error| bad(format!("metadata key {PACKED_KEY:?}: {error}")))?
+                .map_err(|error| bad(format!("metadata key {PACKED_KEY:?}: {}", brief(error))))?
                 .0;
         }
         checkpoint.config = match checkpoint.metadata.get("config") {
@@ -200,31 +203,17 @@ impl Checkpoint {
     }
 
     fn from_index(path: &Path, folder: &Path) -> Result<Self> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: UniqueMap<String>,
-        }
         let bad = |message| Error::BadFile { path: path.to_owned(), message };
-        let json = tensor_file::read_small(path, MAX_INDEX_BYTES)?;
-        let index: Index =
-            serde_json::from_slice(&json).map_err(|error| bad(format!("not a usable checkpoint index: {error}")))?;
-        let shards: BTreeSet<&String> = index.weight_map.0.values().collect();
-        for shard in &shards {
-            // An index comes from elsewhere: it may only name its neighbours.
-            let mut components = Path::new(shard.as_str()).components();
-            let is_plain = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
-            if !is_plain || shard.contains(['/', '\\', ':']) || shard.chars().any(char::is_control) {
-                return Err(bad(format!("shard {shard:?} is not the name of a file in the same folder")));
-            }
-        }
-        index.weight_map.0.keys().try_for_each(|name| check_name(name)).map_err(bad)?;
-        let number: BTreeMap<String, usize> = shards.into_iter().cloned().zip(0..).collect();
-        let files = number.keys().map(|shard| folder.join(shard)).collect();
-        let file_of_tensor = index.weight_map.0.into_iter().map(|(tensor, shard)| (tensor, number[&shard])).collect();
+        let unreadable = |reason: Unreadable| reason.bad_file(path, MAX_INDEX_BYTES, "an index of tensors");
+        let json = small_file::read(path, MAX_INDEX_BYTES).map_err(unreadable)?;
+        let Index { shards, shard_of_tensor } =
+            Index::parse(&json).map_err(|error| bad(format!("not a usable checkpoint index: {error}")))?;
+        let files: Vec<PathBuf> = shards.iter().map(|shard| folder.join(shard)).collect();
+        files.iter().try_for_each(|file| small_file::check_neighbour(file)).map_err(bad)?;
         Ok(Self {
             path: path.to_owned(),
             files,
-            file_of_tensor,
+            file_of_tensor: shard_of_tensor,
             metadata: BTreeMap::new(),
             config: None,
             gguf: None,
@@ -281,14 +270,18 @@ impl Checkpoint {
             config,
             weights,
             family: file.family().name(),
-            model_type: match &self.gguf {
-                Some(metadata) => metadata.architecture(),
-                None => self.config.as_ref().and_then(ModelConfig::model_type),
-            },
+            model_type: self.model_type().filter(|text| check_text("model_type", text).is_ok()),
             layout: layout_name,
             file,
             converted: None,
         })
+    }
+
+    fn model_type(&self) -> Option<&str> {
+        match &self.gguf {
+            Some(metadata) => metadata.architecture(),
+            None => self.config.as_ref().and_then(ModelConfig::model_type),
+        }
     }
 
     fn model_config(&self) -> Result<&ModelConfig> {
@@ -523,6 +516,9 @@ fn read_config(path: &Path) -> Result<Option<ModelConfig>> {
     if !path.exists() {
         return Ok(None);
     }
-    let json = tensor_file::read_small(path, tensor_file::MAX_JSON_BYTES)?;
+    let bad = |message| Error::BadFile { path: path.to_owned(), message };
+    small_file::check_neighbour(path).map_err(bad)?;
+    let json = small_file::read(path, model_config::MAX_BYTES)
+        .map_err(|reason| reason.bad_file(path, model_config::MAX_BYTES, "a model's configuration"))?;
     ModelConfig::parse(path, &json).map(Some)
 }

@@ -24,6 +24,8 @@ const MAX_ALIGNMENT: u64 = 1 << 20;
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// Longer texts are passed over. Architectures and choices have names.
 const MAX_KEPT_BYTES: u64 = 1024;
+/// Of all texts together; those after that are passed over too.
+const MAX_ALL_TEXT_BYTES: u64 = 4 << 20;
 /// Longer lists are passed over. No model has as many layers.
 const MAX_KEPT_ENTRIES: u64 = 4096;
 /// Numbers of all lists together: one in memory is 32 times as large as a byte in the file.
@@ -68,7 +70,7 @@ type Result<T, E = Failure> = std::result::Result<T, E>;
 impl GgufHeader {
     /// Reads the header of a file of `file_len` bytes, of which `from` is at the start.
     pub fn read(from: impl BufRead, file_len: u64) -> Result<Self> {
-        let mut reader = Reader { from, at: 0, file_len, kept: 0 };
+        let mut reader = Reader { from, at: 0, file_len, kept: 0, kept_text: 0 };
         reader.start()?;
         let num_tensors = reader.u64("the number of tensors")?;
         let num_keys = reader.u64("the number of metadata keys")?;
@@ -144,6 +146,8 @@ struct Reader<R> {
     file_len: u64,
     /// Numbers in lists that were kept.
     kept: u64,
+    /// Bytes of texts that were kept.
+    kept_text: u64,
 }
 
 impl<R: BufRead> Reader<R> {
@@ -284,8 +288,11 @@ impl<R: BufRead> Reader<R> {
                 [1] => true.into(),
                 [other] => return Err(format!("{what} is a truth value of {other}; 0 and 1 are known").into()),
             },
-            Kind::Text => match self.text(MAX_KEPT_BYTES, what)? {
-                Ok(text) => text.into(),
+            Kind::Text => match self.text(MAX_KEPT_BYTES.min(MAX_ALL_TEXT_BYTES - self.kept_text), what)? {
+                Ok(text) => {
+                    self.kept_text += text.len() as u64;
+                    text.into()
+                }
                 Err(length) => format!("a text of {length} bytes, which is not kept").into(),
             },
             Kind::List => return Err(format!("{what} is a list where a value should be").into()),

@@ -423,7 +423,9 @@ impl LayerReader<'_> {
             [only] => [*only, 1],
             [] => [1, 1],
         };
-        let fits = there == down * across || there == down * across * matrices;
+        // Beside an axis of zero, the others can be any numbers.
+        let each = down.checked_mul(across);
+        let fits = each.is_some_and(|each| there == each || Some(there) == each.checked_mul(matrices));
         match (Blocks::new(down, rows), Blocks::new(across, columns)) {
             (Some(down), Some(across)) if fits && !self.is_flattened(tensor) => Ok([down, across]),
             _ => {

@@ -1,11 +1,16 @@
 //! A model's own configuration, as Hugging Face publishes it: only looked into, never interpreted here.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, brief};
 use crate::model::family::setting::{Key, Step};
 use crate::model::family::{self, Family};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+/// Most bytes of a configuration. Published ones have at most some hundred thousand.
+pub(crate) const MAX_BYTES: u64 = 4 << 20;
+/// Most values: one in memory can be eighty times as large as in the file.
+const MAX_VALUES: usize = 1 << 17;
 
 /// Which model a GGUF file holds: most of its keys start with this one's value.
 const ARCHITECTURE: &str = "general.architecture";
@@ -90,9 +95,18 @@ impl ModelConfig {
 
     pub fn parse(path: &Path, json: &[u8]) -> Result<Self> {
         let bad = |message| Error::BadFile { path: path.to_owned(), message };
+        if json.len() as u64 > MAX_BYTES {
+            let found = json.len();
+            return Err(bad(format!("the configuration has {found} bytes, at most {MAX_BYTES} are accepted")));
+        }
+        // What is in texts counts too, which nobody will notice.
+        let values = json.iter().filter(|byte| b",[{".contains(byte)).count();
+        if values > MAX_VALUES {
+            return Err(bad(format!("the configuration has about {values} values, at most {MAX_VALUES} are accepted")));
+        }
         let value = serde_json::from_slice(json)
             .or_else(|error| serde_json::from_slice(&without_infinities(json)).map_err(|_| error))
-            .map_err(|error| bad(format!("the configuration is not JSON: {error}")))?;
+            .map_err(|error| bad(format!("the configuration is not JSON: {}", brief(error))))?;
         let Value::Object(outer) = value else {
             return Err(bad("the configuration is not a JSON object".to_owned()));
         };

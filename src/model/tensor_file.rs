@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::formats::GgmlType;
 use crate::model::gguf::{Failure, GgufHeader, MAGIC, SWAPPED_MAGIC};
 use crate::model::tensor_header::{GgmlTensor, Header, TensorInfo};
+use crate::small_file;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
@@ -41,8 +42,8 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
         let bad = |message: String| Error::BadFile { path: path.to_owned(), message };
         let io = |source| Error::Io { path: path.to_owned(), source };
-        let file_len = plain_file_len(path)?;
-        let mut file = File::open(path).map_err(io)?;
+        let no_file = |reason: small_file::Unreadable| reason.bad_file(path, 0, "a file of tensors");
+        let (mut file, file_len) = small_file::open(path).map_err(no_file)?;
         let mut start = [0; 4];
         if file_len >= 4 {
             file.read_exact(&mut start).and_then(|()| file.rewind()).map_err(io)?;
@@ -325,26 +326,6 @@ pub fn write_tensor(path: &Path, name: &str, values: &[f32], shape: &[usize]) ->
 /// The name ends in `.extension`, in small or capital letters.
 pub(crate) fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
-}
-
-/// The file's length; directories, pipes and devices are refused before anything can block on them.
-pub(crate) fn plain_file_len(path: &Path) -> Result<u64> {
-    let metadata = std::fs::metadata(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-    if metadata.is_file() {
-        Ok(metadata.len())
-    } else {
-        Err(Error::BadFile { path: path.to_owned(), message: "not a plain file".to_owned() })
-    }
-}
-
-/// All of a small text file of at most `limit` bytes.
-pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let length = plain_file_len(path)?;
-    if length > limit {
-        let message = format!("{length} bytes, at most {limit} are accepted");
-        return Err(Error::BadFile { path: path.to_owned(), message });
-    }
-    std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })
 }
 
 /// "the file has 19 tensors: a, b, c, ..."

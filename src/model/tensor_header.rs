@@ -1,11 +1,12 @@
 //! The header of a `.safetensors` file: a JSON object of tensors. Nothing in it is believed: every number is checked
 //! against the file's length and against limits before anyone uses it. This module sees bytes, never files.
 
+use crate::error::brief;
 use crate::model::formats::GgmlType;
 use crate::model::tensor_file::READABLE;
 use safetensors::Dtype;
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,6 +14,8 @@ use std::marker::PhantomData;
 pub(crate) const MAX_TENSORS: usize = 65_536;
 const MAX_NAME_BYTES: usize = 256;
 const MAX_RANK: usize = 8;
+/// An entry in memory is twenty times as large as the shortest in a file.
+const MAX_ENTRIES: usize = 65_536;
 pub(crate) const MAX_DIM: u64 = 1 << 40;
 
 /// Where a tensor lies. Offsets count from the start of the file and are inside it.
@@ -70,7 +73,7 @@ impl Header {
     /// Parses `json`, which is the whole header of a file of `file_len` bytes. An error is what is wrong, in words.
     pub fn parse(json: &[u8], file_len: u64) -> Result<Self, String> {
         let raw: RawHeader =
-            serde_json::from_slice(json).map_err(|error| format!("the header is not usable: {error}"))?;
+            serde_json::from_slice(json).map_err(|error| format!("the header is not usable: {}", brief(error)))?;
         let tensors = check_layout(raw.tensors, 8 + json.len() as u64, file_len)?;
         Ok(Self { metadata: raw.metadata, tensors })
     }
@@ -80,8 +83,14 @@ impl Header {
 #[derive(Deserialize)]
 struct RawTensor {
     dtype: String,
-    shape: Vec<u64>,
+    shape: RawShape,
     data_offsets: (u64, u64),
+}
+
+/// The first axes, and how many there are: a list of millions is counted, not kept.
+struct RawShape {
+    sizes: Vec<u64>,
+    rank: usize,
 }
 
 #[derive(Default)]
@@ -107,7 +116,7 @@ fn check_layout(
             return Err(format!(
                 "tensor {name:?} ({} {:?}, {} bytes) lies at {start}..{end}, expected {end_of_last}..{}",
                 tensor.dtype,
-                tensor.shape,
+                tensor.shape.sizes,
                 bytes.size,
                 end_of_last.saturating_add(bytes.size)
             ));
@@ -136,10 +145,10 @@ fn bytes_of(name: &str, tensor: &RawTensor) -> Result<Bytes, String> {
     let dtype: Dtype = serde_json::from_value(serde_json::Value::String(tensor.dtype.clone())).map_err(|_| {
         format!("tensor {name:?} has the unknown type {:?}; {READABLE} are read", start_of(&tensor.dtype))
     })?;
-    if tensor.shape.len() > MAX_RANK {
-        return Err(format!("tensor {name:?} has {} dimensions, at most {MAX_RANK} are accepted", tensor.shape.len()));
+    let RawShape { sizes: shape, rank } = &tensor.shape;
+    if *rank > MAX_RANK {
+        return Err(format!("tensor {name:?} has {rank} dimensions, at most {MAX_RANK} are accepted"));
     }
-    let shape = &tensor.shape;
     let too_large = || format!("tensor {name:?} has shape {shape:?}, more than can be addressed");
     if shape.iter().any(|&n| n > MAX_DIM) {
         return Err(too_large());
@@ -153,6 +162,32 @@ fn bytes_of(name: &str, tensor: &RawTensor) -> Result<Bytes, String> {
     usize::try_from(bits / 8).map_err(|_| too_large())?;
     let sizes = shape.iter().map(|&n| usize::try_from(n)).collect::<Result<_, _>>().map_err(|_| too_large())?;
     Ok(Bytes { dtype, shape: sizes, size: bits / 8 })
+}
+
+impl<'de> Deserialize<'de> for RawShape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ShapeVisitor;
+        impl<'de> Visitor<'de> for ShapeVisitor {
+            type Value = RawShape;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of sizes")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RawShape, A::Error> {
+                let mut sizes = Vec::new();
+                while sizes.len() < MAX_RANK
+                    && let Some(size) = list.next_element()?
+                {
+                    sizes.push(size);
+                }
+                let mut rank = sizes.len();
+                while let Some(IgnoredAny) = list.next_element()? {
+                    rank += 1;
+                }
+                Ok(RawShape { sizes, rank })
+            }
+        }
+        deserializer.deserialize_seq(ShapeVisitor)
+    }
 }
 
 /// By hand because a derived map keeps the last of two equal keys in silence, and buffers the whole header once more.
@@ -180,8 +215,9 @@ impl<'de> Deserialize<'de> for RawHeader {
                         return Err(A::Error::custom(format!("more than {MAX_TENSORS} tensors")));
                     }
                     check_name(&name).map_err(A::Error::custom)?;
-                    let tensor =
-                        map.next_value::<RawTensor>().map_err(|e| A::Error::custom(format!("{name:?}: {e}")))?;
+                    let tensor = map
+                        .next_value::<RawTensor>()
+                        .map_err(|e| A::Error::custom(format!("{name:?}: {}", brief(e))))?;
                     if header.tensors.contains_key(&name) {
                         return Err(A::Error::custom(format!("tensor {name:?} appears twice")));
                     }
@@ -216,7 +252,7 @@ pub(crate) fn start_of(text: &str) -> String {
     text.chars().take(40).collect()
 }
 
-/// A JSON object in which no key may appear twice.
+/// A JSON object in which no key may appear twice, of at most 65,536.
 pub(crate) struct UniqueMap<V>(pub BTreeMap<String, V>);
 
 impl<'de, V: DeserializeOwned> Deserialize<'de> for UniqueMap<V> {
@@ -231,6 +267,9 @@ impl<'de, V: DeserializeOwned> Deserialize<'de> for UniqueMap<V> {
                 use serde::de::Error as _;
                 let mut entries = BTreeMap::new();
                 while let Some((key, value)) = map.next_entry::<String, V>()? {
+                    if entries.len() == MAX_ENTRIES {
+                        return Err(A::Error::custom(format!("more than {MAX_ENTRIES} entries")));
+                    }
                     if let Some(_first) = entries.insert(key.clone(), value) {
                         return Err(A::Error::custom(format!("{:?} appears twice", start_of(&key))));
                     }

@@ -4,11 +4,11 @@
 use super::{Entry, Identity, Tuning};
 use crate::atomic_file::write_atomically;
 use crate::context::Context;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, brief};
 use crate::gpu::DeviceInfo;
 use crate::plan::tuned;
+use crate::small_file::{self, Unreadable};
 use serde::{Deserialize, Serialize};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -86,7 +86,7 @@ impl Tuning {
             expected,
         };
         let damaged = |error: serde_json::Error| {
-            bad("the content", format!("damaged ({error})"), "what `wgmoe tune` writes".into())
+            bad("the content", format!("damaged ({})", brief(error)), "what `wgmoe tune` writes".into())
         };
         let head: Head = serde_json::from_slice(&text).map_err(damaged)?;
         if head.schema != SCHEMA {
@@ -141,24 +141,19 @@ impl Tuning {
 
 /// A regular file of a sensible size, whole.
 fn read(path: &Path) -> Result<Vec<u8>> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
     let bad = |what: &str, found: String, expected: String| Error::BadTuning {
         path: path.to_owned(),
         what: what.to_owned(),
         found,
         expected,
     };
-    // Opening a pipe would wait for somebody to write to it.
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
-        return Err(bad("it", "no regular file".to_owned(), "what `wgmoe tune` writes".to_owned()));
-    }
-    let mut text = Vec::new();
-    // The size is not what metadata say, but what can be read.
-    std::fs::File::open(path).map_err(io)?.take(MOST_BYTES + 1).read_to_end(&mut text).map_err(io)?;
-    if text.len() as u64 > MOST_BYTES {
-        return Err(bad("the size", format!("more than {MOST_BYTES} bytes"), format!("at most {MOST_BYTES} bytes")));
-    }
-    Ok(text)
+    small_file::read(path, MOST_BYTES).map_err(|reason| match reason {
+        Unreadable::NotPlain => bad("it", "no regular file".to_owned(), "what `wgmoe tune` writes".to_owned()),
+        Unreadable::TooLarge => {
+            bad("the size", format!("more than {MOST_BYTES} bytes"), format!("at most {MOST_BYTES} bytes"))
+        }
+        Unreadable::Io(source) => Error::Io { path: path.to_owned(), source },
+    })
 }
 
 /// FNV-1a (Fowler, Noll and Vo) over texts and the ends between them: the same on every machine and in every release.

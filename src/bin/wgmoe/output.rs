@@ -23,6 +23,13 @@ pub struct Output {
     reader_left: bool,
 }
 
+/// Words can be those of a file, which must not steer a terminal. Nothing of our own has control characters.
+fn harmless(text: &str) -> String {
+    let is_hostile = |c: char| c.is_control() && c != '\n' && c != '\t';
+    let escape = |c: char| if is_hostile(c) { c.escape_default().to_string() } else { c.to_string() };
+    if text.contains(is_hostile) { text.chars().map(escape).collect() } else { text.to_owned() }
+}
+
 /// Set by `--quiet`: no progress either.
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -60,7 +67,7 @@ impl Output {
         if self.quiet {
             return;
         }
-        let text = format!("{text}\n");
+        let text = format!("{}\n", harmless(text));
         if self.json_on_stdout() || self.taken.is_some() {
             // Standard error is the last resort; there is nobody left to tell.
             let _ = std::io::stderr().lock().write_all(text.as_bytes());
@@ -242,5 +249,16 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         }
         wgmoe::Error::OutOfMemory { .. } => Some("--weights f16 halves the weights; --experts makes the layer smaller"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_cannot_steer_a_terminal() {
+        assert_eq!(harmless("a\tb\nMoE × 2"), "a\tb\nMoE × 2");
+        assert_eq!(harmless("\u{1b}[2J\u{9b}31m\r\0"), "\\u{1b}[2J\\u{9b}31m\\r\\u{0}");
     }
 }

@@ -13,7 +13,7 @@ pub(crate) use rules::NORMS;
 use crate::error::{Error, Result};
 use crate::model::config::MoeConfig;
 use crate::model::model_config::ModelConfig;
-use crate::model::tensor_file;
+use crate::small_file;
 use builtin::BUILTIN;
 use layout::Layout;
 use rules::{Rules, Unsupported};
@@ -23,7 +23,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-const MAX_FAMILY_BYTES: u64 = 1 << 20;
+/// The longest built-in one has 4 KB; while it is parsed, one takes a hundred times its size.
+const MAX_FAMILY_BYTES: u64 = 256 << 10;
 
 /// A model family's description: built in, or from a user's file.
 #[derive(Clone, Debug)]
@@ -99,13 +100,14 @@ impl Family {
         Err(Error::Unsupported { what, by, hint })
     }
 
-    /// Reads a description of at most 1 MiB.
+    /// Reads a description of at most 256 KiB.
     ///
     /// # Errors
     /// [`Error::BadFamily`] with the line and the known values, [`Error::Io`].
     pub fn from_file(path: &Path) -> Result<Family> {
-        let text = String::from_utf8(tensor_file::read_small(path, MAX_FAMILY_BYTES)?)
-            .map_err(|error| bad(path, format!("not UTF-8: {error}")))?;
+        let bytes = small_file::read(path, MAX_FAMILY_BYTES)
+            .map_err(|reason| reason.bad_file(path, MAX_FAMILY_BYTES, "a family's description"))?;
+        let text = String::from_utf8(bytes).map_err(|error| bad(path, format!("not UTF-8: {error}")))?;
         Self::from_toml(path, &text)
     }
 

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::model::model_config::ModelConfig;
 use crate::model::tensor_file::{self, TensorFile};
 use crate::model::tensor_header::MAX_TENSORS;
+use crate::small_file;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,9 @@ impl GgufParts {
                 let name = part.file_name().unwrap_or_default();
                 let message = format!("part {} of {count} is missing: there is no {name:?} beside it", n + 1);
                 return Err(bad(path, message));
+            }
+            if part != path {
+                small_file::check_neighbour(part).map_err(|message| bad(part, message))?;
             }
             let file = TensorFile::open(part)?;
             let about = file.gguf.unwrap_or_default();
