@@ -89,7 +89,9 @@ pub mod trace;
 pub mod tune;
 
 pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
-pub use check::{KernelCheck, check_kernels};
+pub use check::{
+    CaseId, CheckKind, KernelCheck, check_cases, check_determinism, check_exact, check_kernels, check_rows,
+};
 pub use context::Context;
 pub use error::{Error, Result};
 pub use gpu::{AdapterFacts, DeviceChoice, DeviceInfo, Fault, Gpu, PassStats, ResidencyStats, StageTime, adapters};

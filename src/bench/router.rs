@@ -77,10 +77,10 @@ pub fn router_times(context: &Context, gbytes_per_s: f64) -> Result<Vec<RouterTi
                     let x: Vec<u32> = input.iter().map(|v| v.to_bits()).collect();
                     let logits = TOKENS * num_experts;
                     let outputs = [
-                        Output { name: "router_logits", words: 2 * logits as usize + TOKENS as usize, before: 0 },
-                        Output { name: "topk_experts", words: (TOKENS * TOP_K) as usize, before: 0 },
-                        Output { name: "topk_weights", words: (TOKENS * TOP_K) as usize, before: 0 },
-                        Output { name: "status", words: 4, before: 0 },
+                        Output::zeroed("router_logits", 2 * logits as usize + TOKENS as usize),
+                        Output::zeroed("topk_experts", (TOKENS * TOP_K) as usize),
+                        Output::zeroed("topk_weights", (TOKENS * TOP_K) as usize),
+                        Output::zeroed("status", 4),
                     ];
                     let harness = pollster::block_on(Harness::new(gpu, &plan, &workload.weights))?;
                     // Given logits are all zero here: choosing takes as long whatever they are.

@@ -15,7 +15,8 @@ use crate::model::routing::{
 use crate::model::weights::MoeWeights;
 use crate::reference;
 
-use super::{KernelCheck, compare};
+use super::verdict::{compare, nmse};
+use super::{CheckKind, KernelCheck};
 
 /// Tokens of each check; two sequences.
 const TOKENS: u32 = 38;
@@ -50,7 +51,7 @@ pub(super) fn check(context: &Context, mut begin: impl FnMut(&str)) -> Result<Ve
         let y = layer.forward_batch(&batch)?;
         let routing = layer.routing()?;
         let most = expected.y.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let mut verdict = compare(&y, &expected.y, |_| golden::TOLERANCE * most);
+        let mut verdict = compare(&y, &expected.y, nmse::LAYER, |_| golden::TOLERANCE * most);
         if let Some(at) =
             (0..routing.topk_experts.len()).find(|&a| routing.topk_experts[a] != expected.router.topk_experts[a])
         {
@@ -58,13 +59,8 @@ pub(super) fn check(context: &Context, mut begin: impl FnMut(&str)) -> Result<Ve
             verdict.reason = Some(format!("assignment {at} went to expert {got}, expected {want}"));
         }
         let [h, i, e, k] = [config.hidden_size(), config.intermediate_size(), config.num_experts(), config.top_k()];
-        checks.push(KernelCheck {
-            kernel: format!("layer.{name}"),
-            shape: format!("t{TOKENS} h{h} i{i} e{e} k{k} f32"),
-            max_rel_error: verdict.max_rel_error,
-            passed: verdict.reason.is_none(),
-            reason: verdict.reason,
-        });
+        let shape = format!("t{TOKENS} h{h} i{i} e{e} k{k} f32");
+        checks.push(KernelCheck::new(CheckKind::Layer, format!("layer.{name}"), shape, verdict));
     }
     Ok(checks)
 }

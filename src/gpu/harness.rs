@@ -23,18 +23,23 @@ pub(crate) struct Harness<'a> {
     weights: DeviceWeights,
 }
 
-/// Words that an output holds, and what they are before the run.
-#[derive(Clone, Copy, Debug)]
+/// What a kernel writes.
+#[derive(Clone, Debug)]
 pub(crate) struct Output {
     pub(crate) name: &'static str,
-    pub(crate) words: usize,
-    pub(crate) before: u32,
+    /// What it holds before the run.
+    pub(crate) before: Vec<u32>,
 }
 
 impl Output {
     /// Poisoned: what a kernel leaves out shows.
     pub(crate) fn poisoned(name: &'static str, words: usize) -> Self {
-        Self { name, words, before: POISON }
+        Self { name, before: vec![POISON; words] }
+    }
+
+    /// Zeros: for counters.
+    pub(crate) fn zeroed(name: &'static str, words: usize) -> Self {
+        Self { name, before: vec![0; words] }
     }
 }
 
@@ -117,9 +122,7 @@ impl<'a> Harness<'a> {
         let mut written = Vec::new();
         for output in outputs {
             let guard = vec![POISON; GUARD as usize / 4];
-            let mut words = guard.clone();
-            words.resize(guard.len() + output.words, output.before);
-            words.extend(&guard);
+            let words = [&guard[..], &output.before, &guard].concat();
             let usage = Usage::STORAGE | Usage::COPY_SRC;
             written.push(self.gpu.filled_buffer(output.name, bytemuck::cast_slice(&words), usage).await?);
         }
@@ -129,8 +132,8 @@ impl<'a> Harness<'a> {
             let pipeline = pipeline(self.gpu, &dispatch.kernel).await?;
             let find = |name: &'static str| {
                 if let Some(index) = outputs.iter().position(|output| output.name == name) {
-                    let size = std::num::NonZeroU64::new(outputs[index].words as u64 * 4);
-                    return Some(wgpu::BufferBinding { buffer: &written[index], offset: GUARD, size });
+                    // The guard behind it is bound, too: what is written past the end of a binding, drivers drop.
+                    return Some(wgpu::BufferBinding { buffer: &written[index], offset: GUARD, size: None });
                 }
                 let buffer = match name {
                     "params" => Some(&uniform),
@@ -159,7 +162,7 @@ struct Bound {
 fn check_guards(stage: Stage, output: &Output, words: &[u32]) -> Result<Vec<u32>> {
     let guard = GUARD as usize / 4;
     let (front, rest) = words.split_at(guard);
-    let (content, back) = rest.split_at(output.words);
+    let (content, back) = rest.split_at(output.before.len());
     if let Some(at) = front.iter().chain(back).position(|&word| word != POISON) {
         return Err(Error::Kernel {
             kernel: stage.name().to_owned(),

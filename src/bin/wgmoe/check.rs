@@ -5,12 +5,22 @@ use crate::families::chosen;
 use crate::output::{Output, Status};
 use crate::{Matmul, Verdict, must_exist, open, unusable};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use wgmoe::check::Progress;
 use wgmoe::golden::{self, GoldenCase};
-use wgmoe::{Checkpoint, Context, DeviceChoice, Error, Family, LayerOptions, MoeLayer, WeightFormat, reference};
+use wgmoe::{
+    CaseId, CheckKind, Checkpoint, Context, DeviceChoice, Error, Family, KernelCheck, LayerOptions, MoeLayer,
+    WeightFormat, reference,
+};
 
 const EXAMPLES: &str = "\
-Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes.
+Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes, \
+layers of small integers are compared bit by bit, and 10,000 rows of logits of every kind go through router and permute.
+
+--cases, --exact, --rows and --determinism each run that part and no other; together, those that are named. A generated \
+case that fails is run again, alone, by the same --seed and --case with its number.
 
 With paths, each golden case (a safetensors file with a layer, its input and the output that another implementation \
 computed) is run and compared: output within 1e-5, selected experts and their weights.
@@ -22,6 +32,8 @@ Examples:
   wgmoe check
   wgmoe check cases/ --device cpu
   wgmoe check a.safetensors b.safetensors --json results.json
+  wgmoe check --cases 12000 --seed 7
+  wgmoe check --determinism
   wgmoe check a.safetensors --family mine.toml";
 
 /// Compare every kernel with its reference, or golden cases with what another implementation computed
@@ -42,7 +54,33 @@ pub struct Args {
     /// Grouped matmul: auto, tiled, subgroup or vec. Golden cases only: without a path, all are checked
     #[arg(long, value_name = "VARIANT", default_value = "auto", value_parser = crate::matmul_variant)]
     matmul: Matmul,
+    /// This many generated cases: kernels of every format and variant on random layers
+    #[arg(long, value_name = "N", conflicts_with = "paths", value_parser = clap::value_parser!(u64).range(1..))]
+    cases: Option<u64>,
+    /// Generated cases are others with another seed
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    /// Only the generated case of this number
+    #[arg(long, value_name = "I", conflicts_with_all = ["paths", "cases"])]
+    case: Option<u64>,
+    /// Layers of small integers, bit by bit
+    #[arg(long, conflicts_with = "paths")]
+    exact: bool,
+    /// Rows of logits through router and permute, exactly: this many [100000 if no number is given]
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "100000", conflicts_with = "paths",
+        value_parser = clap::value_parser!(u64).range(1..))]
+    rows: Option<u64>,
+    /// The same bits in every run, batch and order of tokens
+    #[arg(long, conflicts_with = "paths")]
+    determinism: bool,
+    /// Runs of every variant for --determinism
+    #[arg(long, value_name = "N", default_value_t = 1000, requires = "determinism",
+        value_parser = clap::value_parser!(u32).range(2..))]
+    runs: u32,
 }
+
+/// Rows of logits where nobody asked for them.
+const ROWS: u64 = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -62,6 +100,15 @@ struct Case {
     /// Sizes; kernels only.
     #[serde(skip_serializing_if = "Option::is_none")]
     shape: Option<String>,
+    /// What kind of check it was; kernels only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<CheckKind>,
+    /// Cases, rows or comparisons that it stands for; kernels only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    count: Option<u64>,
+    /// Which generated case it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    case: Option<CaseId>,
     status: Outcome,
     max_rel_error: Option<f64>,
     reason: Option<String>,
@@ -73,26 +120,39 @@ struct Case {
     weight_bytes: Option<u64>,
 }
 
+/// All checks of one kind.
+#[derive(Debug, Default, Serialize)]
+struct KindTotal {
+    checks: usize,
+    failed: usize,
+    /// Cases, rows or comparisons.
+    count: u64,
+    seconds: f64,
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     cases: Vec<Case>,
     passed: usize,
     failed: usize,
     unsupported: usize,
+    /// By kind; kernels only.
+    kinds: BTreeMap<&'static str, KindTotal>,
 }
 
 pub fn execute(args: &Args, device: DeviceChoice, output: &mut Output) -> anyhow::Result<Verdict> {
     let files = files(&args.paths)?;
     let family = args.family.as_deref().map(|family| chosen("--family", family)).transpose()?;
     let context = open(&device, output)?;
-    let cases = if args.paths.is_empty() {
-        check_kernels(&context, output)?
+    let (cases, kinds) = if args.paths.is_empty() {
+        check_device(args, &context, output)?
     } else {
-        files.iter().map(|file| check_file(file, args, family.as_ref(), &context, output)).collect()
+        let check = |file: &PathBuf| check_file(file, args, family.as_ref(), &context, output);
+        (files.iter().map(check).collect(), BTreeMap::new())
     };
     let count = |status| cases.iter().filter(|case| case.status == status).count();
     let (passed, failed, unsupported) = (count(Outcome::Pass), count(Outcome::Fail), count(Outcome::Unsupported));
-    let report = Report { passed, failed, unsupported, cases };
+    let report = Report { passed, failed, unsupported, cases, kinds };
     output.json(&report)?;
     if report.cases.is_empty() {
         output.line("nothing to check: no *.safetensors files there");
@@ -122,14 +182,61 @@ fn files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn check_kernels(context: &Context, output: &mut Output) -> anyhow::Result<Vec<Case>> {
-    let status = Status::new();
-    let checks = wgmoe::check_kernels(context, &mut |done, all, kernel: &str| {
-        status.set(format!("{done} of {all}: {kernel}"));
-    })?;
-    drop(status);
+/// The parts that were asked for, or those that a device has to pass before it is used.
+fn check_device(
+    args: &Args,
+    context: &Context,
+    output: &mut Output,
+) -> anyhow::Result<(Vec<Case>, BTreeMap<&'static str, KindTotal>)> {
+    let named = args.cases.is_some() || args.case.is_some() || args.exact || args.rows.is_some() || args.determinism;
+    let generated = args.case.map(|case| case..case.saturating_add(1)).or(args.cases.map(|cases| 0..cases));
+    let rows = args.rows.or((!named).then_some(ROWS));
+    let mut checks = Vec::new();
+    let mut kinds = BTreeMap::new();
+    let mut run = |check: &mut dyn FnMut(Progress<'_>) -> wgmoe::Result<Vec<KernelCheck>>| {
+        let status = Status::new();
+        let begun = Instant::now();
+        let done = check(&mut |done, all, what: &str| status.set(format!("{done} of {all}: {what}")))?;
+        total(&mut kinds, &done, begun.elapsed());
+        checks.extend(done);
+        Ok::<(), Error>(())
+    };
+    if !named {
+        run(&mut |progress| wgmoe::check_kernels(context, progress))?;
+    }
+    if let Some(cases) = generated {
+        run(&mut |progress| wgmoe::check_cases(context, args.seed, cases.clone(), progress))?;
+    }
+    if !named || args.exact {
+        run(&mut |progress| wgmoe::check_exact(context, progress))?;
+    }
+    if let Some(rows) = rows {
+        run(&mut |progress| wgmoe::check_rows(context, rows, progress))?;
+    }
+    if args.determinism {
+        run(&mut |progress| wgmoe::check_determinism(context, args.runs, progress))?;
+    }
+    print_checks(&checks, output);
+    print_totals(&kinds, output);
+    Ok((checks.into_iter().map(case_of).collect(), kinds))
+}
+
+/// Adds checks that took this time together.
+fn total(kinds: &mut BTreeMap<&'static str, KindTotal>, checks: &[KernelCheck], took: Duration) {
+    for check in checks {
+        let kind = kinds.entry(check.kind.name()).or_default();
+        kind.checks += 1;
+        kind.failed += usize::from(!check.passed);
+        kind.count += check.count;
+        kind.seconds += took.as_secs_f64() / checks.len() as f64;
+    }
+}
+
+/// Every kernel of the table with its error; of the many others, those that failed.
+fn print_checks(checks: &[KernelCheck], output: &mut Output) {
     let mut table = plain_table(&["kernel", "shape", "error", ""]);
-    for check in &checks {
+    let listed = |check: &&KernelCheck| matches!(check.kind, CheckKind::Kernel | CheckKind::Layer);
+    for check in checks.iter().filter(listed) {
         let verdict = if check.passed { "ok" } else { "FAILED" };
         table.add_row([
             check.kernel.clone(),
@@ -138,22 +245,42 @@ fn check_kernels(context: &Context, output: &mut Output) -> anyhow::Result<Vec<C
             verdict.into(),
         ]);
     }
-    output.line(&format!("{table}"));
+    if checks.iter().any(|check| listed(&check)) {
+        output.line(&format!("{table}"));
+    }
     for check in checks.iter().filter(|check| !check.passed) {
         let reason = check.reason.as_deref().unwrap_or("no reason given");
         output.line(&format!("FAILED  {} {}: {reason}", check.kernel, check.shape));
+        if let Some(CaseId { seed, index }) = check.case {
+            output.line(&format!("        again: wgmoe check --seed {seed} --case {index}"));
+        }
     }
-    let case = |check: wgmoe::KernelCheck| Case {
+}
+
+fn print_totals(kinds: &BTreeMap<&'static str, KindTotal>, output: &mut Output) {
+    let mut table = plain_table(&["kind", "checks", "cases, rows or runs", "failed", "seconds"]);
+    for (kind, total) in kinds {
+        let seconds = format!("{:.1}", total.seconds);
+        let counts = [total.checks.to_string(), total.count.to_string(), total.failed.to_string()];
+        table.add_row([&[(*kind).to_owned()][..], &counts, &[seconds]].concat());
+    }
+    output.line(&format!("{table}"));
+}
+
+fn case_of(check: KernelCheck) -> Case {
+    Case {
         file: check.kernel,
         family: Some("kernel".to_owned()),
         shape: Some(check.shape),
+        kind: Some(check.kind),
+        count: Some(check.count),
+        case: check.case,
         status: if check.passed { Outcome::Pass } else { Outcome::Fail },
         max_rel_error: finite(check.max_rel_error),
         reason: check.reason,
         weights: None,
         weight_bytes: None,
-    };
-    Ok(checks.into_iter().map(case).collect())
+    }
 }
 
 /// JSON has no infinities.
@@ -168,6 +295,9 @@ fn check_file(file: &Path, args: &Args, family: Option<&Family>, context: &Conte
         file: name,
         family: None,
         shape: None,
+        kind: None,
+        count: None,
+        case: None,
         status: Outcome::Pass,
         max_rel_error: None,
         reason: None,
