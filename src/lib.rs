@@ -64,7 +64,7 @@
 //! # Features
 //!
 //! `cli` (default) builds the `wgmoe` binary and what only it needs. A library user turns it off:
-//! `wgmoe = { version = "0.1", default-features = false }`.
+//! `wgmoe = { version = "0.1", default-features = false }`. `lint`, a part of it, is the module [`mod@lint`] alone.
 // The examples in README.md are tested with the others.
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
 #![deny(missing_docs)]
@@ -81,6 +81,8 @@ pub mod gpu;
 pub mod inspect;
 pub mod kernels;
 pub mod layer;
+#[cfg(feature = "lint")]
+pub mod lint;
 pub mod model;
 pub mod plan;
 pub mod reference;

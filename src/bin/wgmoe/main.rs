@@ -19,6 +19,7 @@ mod info;
 mod inspect;
 mod inspect_page;
 mod inspect_view;
+mod lint;
 mod output;
 mod plan;
 mod quantize;
@@ -83,6 +84,7 @@ enum Command {
     Completions(shell::Completions),
     Families(families::Args),
     Inspect(inspect::Args),
+    Lint(lint::Args),
     Man(shell::Man),
     Plan(plan::Args),
     Quantize(quantize::Args),
@@ -149,6 +151,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Completions(args) => Ok(shell::completions(args, output)),
         Command::Families(args) => families::execute(args, output),
         Command::Inspect(args) => inspect::execute(args, device()?, output),
+        Command::Lint(args) => lint::execute(args, output),
         Command::Man(args) => shell::man(args, output),
         Command::Plan(args) => plan::execute(args, cli.device.as_deref(), output),
         Command::Quantize(args) => quantize::execute(args, output),

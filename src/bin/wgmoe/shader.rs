@@ -9,7 +9,7 @@ use naga::valid::{Capabilities, ModuleInfo, ShaderStages, SubgroupOperationSet, 
 use naga::{Module, ShaderStage};
 use serde::Serialize;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use wgmoe::kernels::{self, Kernel};
 
 const EXAMPLES: &str = "\
@@ -20,7 +20,8 @@ Examples:
   wgmoe shader                                       the names of all kernels
   wgmoe shader combine --to msl
   wgmoe shader combine --to spirv --output combine.spv
-  wgmoe shader combine --to spirv | spirv-dis";
+  wgmoe shader combine --to spirv | spirv-dis
+  wgmoe shader --all --to hlsl --output folder       every kernel, and kernels.json about them";
 
 /// Print a kernel as a backend would get it
 #[derive(clap::Args, Debug)]
@@ -35,9 +36,23 @@ pub struct Args {
     /// List the names of all kernels
     #[arg(long, conflicts_with = "name")]
     list: bool,
-    /// Write to this file instead of standard output
+    /// Write every kernel to a file in the folder --output, which is made where it is missing
+    #[arg(long, conflicts_with_all = ["name", "list"], requires = "output")]
+    all: bool,
+    /// Write to this file instead of standard output; with --all, to this folder
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
+}
+
+/// One kernel of `--all`, for those who hand it to a compiler.
+#[derive(Serialize)]
+struct Written {
+    kernel: String,
+    file: String,
+    /// The entry point in that file: a backend renames what is a word of its language.
+    entry_point: String,
+    needs_subgroups: bool,
+    needs_int64: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -49,7 +64,24 @@ enum Target {
     Hlsl,
 }
 
-/// A translated kernel: text, or words for SPIR-V.
+impl Target {
+    fn extension(self) -> &'static str {
+        match self {
+            Target::Wgsl => "wgsl",
+            Target::Spirv => "spv",
+            Target::Msl => "metal",
+            Target::Hlsl => "hlsl",
+        }
+    }
+}
+
+/// A translated kernel, with the name that its entry point has there.
+struct Translated {
+    code: Code,
+    entry_point: String,
+}
+
+/// Text, or words for SPIR-V.
 #[derive(Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Code {
@@ -67,6 +99,9 @@ impl Code {
 }
 
 pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
+    if let (true, Some(folder)) = (args.all, &args.output) {
+        return write_all(folder, args.to, output);
+    }
     let Some(name) = args.name.as_deref().filter(|_| !args.list) else {
         let labels: Vec<String> = kernels::all().into_iter().map(|kernel| kernel.label).collect();
         output.line(&labels.join("\n"));
@@ -80,7 +115,7 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
         return Err(unusable("SPIR-V is binary and would garble the terminal; give --output FILE or a pipe"));
     }
     let label = kernel.label().to_owned();
-    let code = translate(&kernel, args.to).with_context(|| format!("cannot translate {label}"))?;
+    let code = translate(&kernel, args.to).with_context(|| format!("cannot translate {label}"))?.code;
     if output.wants_json() {
         output.json(&serde_json::json!({ "kernel": label, "to": args.to, "code": code }))?;
     }
@@ -93,6 +128,33 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
         None if output.wants_json() => {}
         None => output.bytes(&code.into_bytes()),
     }
+    Ok(Verdict::Right)
+}
+
+fn write_all(folder: &Path, to: Target, output: &mut Output) -> anyhow::Result<Verdict> {
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    let write = |file: &str, bytes: &[u8]| {
+        let path = folder.join(file);
+        std::fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+    };
+    let mut written = Vec::new();
+    for kernel in kernels::all() {
+        let label = kernel.label().to_owned();
+        let translated = translate(&kernel, to).with_context(|| format!("cannot translate {label}"))?;
+        let file = format!("{label}.{}", to.extension());
+        write(&file, &translated.code.into_bytes())?;
+        written.push(Written {
+            kernel: label,
+            file,
+            entry_point: translated.entry_point,
+            needs_subgroups: kernel.needs_subgroups,
+            needs_int64: kernel.needs_int64(),
+        });
+    }
+    let list = serde_json::json!({ "to": to, "kernels": written });
+    write("kernels.json", serde_json::to_string_pretty(&list)?.as_bytes())?;
+    output.line(&format!("{} kernels written to {}", written.len(), folder.display()));
+    output.json(&list)?;
     Ok(Verdict::Right)
 }
 
@@ -111,24 +173,23 @@ fn find(name: &str) -> anyhow::Result<Kernel> {
     }
 }
 
-fn translate(kernel: &Kernel, to: Target) -> anyhow::Result<Code> {
+fn translate(kernel: &Kernel, to: Target) -> anyhow::Result<Translated> {
     let wgsl = kernel.wgsl();
     let (module, info) = parse(&wgsl)?;
-    if to == Target::Wgsl {
-        return Ok(Code::Text(wgsl));
-    }
     let entry = module.entry_points.first().context("the source has no entry point")?.name.clone();
+    if to == Target::Wgsl {
+        return Ok(Translated { code: Code::Text(wgsl), entry_point: entry });
+    }
     let mut constants = PipelineConstants::default();
     constants.extend(kernel.overrides.iter().map(|&(name, value)| (name.to_owned(), f64::from(value))));
     let (module, info) = process_overrides(&module, &info, Some((ShaderStage::Compute, &entry)), &constants)?;
-    match to {
-        Target::Spirv => Ok(Code::Words(spirv(&module, &info, entry)?)),
-        Target::Msl => {
-            let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..Default::default() };
-            Ok(Code::Text(msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())?.0))
-        }
-        Target::Hlsl | Target::Wgsl => Ok(Code::Text(hlsl(&module, &info)?)),
+    if to == Target::Spirv {
+        let words = spirv(&module, &info, entry.clone())?;
+        return Ok(Translated { code: Code::Words(words), entry_point: entry });
     }
+    let (text, names) = if to == Target::Msl { msl(&module, &info)? } else { hlsl(&module, &info)? };
+    let entry_point = names.into_iter().next().context("the entry point was not translated")?;
+    Ok(Translated { code: Code::Text(text), entry_point })
 }
 
 /// Parses and validates as for an adapter with everything: a real adapter's limits are its driver's business.
@@ -149,13 +210,21 @@ fn spirv(module: &Module, info: &ModuleInfo, entry_point: String) -> anyhow::Res
     Ok(spv::write_vec(module, info, &options, Some(&pipeline))?)
 }
 
-fn hlsl(module: &Module, info: &ModuleInfo) -> anyhow::Result<String> {
+/// The text and the names of its entry points.
+fn msl(module: &Module, info: &ModuleInfo) -> anyhow::Result<(String, Vec<String>)> {
+    let options = msl::Options { lang_version: (2, 4), fake_missing_bindings: true, ..Default::default() };
+    let (text, about) = msl::write_string(module, info, &options, &msl::PipelineOptions::default())?;
+    Ok((text, about.entry_point_names.into_iter().collect::<Result<_, _>>()?))
+}
+
+/// The text and the names of its entry points.
+fn hlsl(module: &Module, info: &ModuleInfo) -> anyhow::Result<(String, Vec<String>)> {
     // 6.0 is the first shader model with wave operations.
     let options =
         hlsl::Options { shader_model: hlsl::ShaderModel::V6_0, fake_missing_bindings: true, ..Default::default() };
     let mut text = String::new();
-    hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default()).write(module, info, None)?;
-    Ok(text)
+    let about = hlsl::Writer::new(&mut text, &options, &hlsl::PipelineOptions::default()).write(module, info, None)?;
+    Ok((text, about.entry_point_names.into_iter().collect::<Result<_, _>>()?))
 }
 
 #[cfg(test)]
@@ -168,8 +237,9 @@ mod tests {
         for kernel in kernels::all() {
             for to in [Target::Wgsl, Target::Spirv, Target::Msl, Target::Hlsl] {
                 let code = translate(&kernel, to);
-                let bytes = code.unwrap_or_else(|error| panic!("{} to {to:?}: {error:?}", kernel.label())).into_bytes();
-                assert!(!bytes.is_empty());
+                let code = code.unwrap_or_else(|error| panic!("{} to {to:?}: {error:?}", kernel.label()));
+                assert!(!code.entry_point.is_empty());
+                assert!(!code.code.into_bytes().is_empty());
             }
         }
     }

@@ -1,0 +1,14 @@
+// why: by this `continue`
+var<workgroup> tile: array<u32, 64>;
+@group(0) @binding(0) var<storage, read_write> out: array<u32>;
+@compute @workgroup_size(64)
+fn after_continue(@builtin(local_invocation_index) lane: u32) {
+    for (var i = 0u; i < 4u; i++) {
+        if (lane & i) != 0u {
+            continue;
+        }
+        tile[lane] = i;
+        workgroupBarrier(); // FAULT barrier
+    }
+    out[lane] = tile[0];
+}
