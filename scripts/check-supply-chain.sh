@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Holds every dependency to deny.toml: known vulnerabilities, licences, two versions of one crate, where they come from.
-# Installs cargo-deny from crates.io if it is missing, which takes minutes; CI has it in a job of its own.
+# Installs cargo-deny from crates.io if it is missing, which takes minutes (8 on two busy cores), so that .ci/run leaves it out.
 #
 #   scripts/check-supply-chain.sh             all checks
 #   scripts/check-supply-chain.sh --offline   without the database of vulnerabilities, and says so

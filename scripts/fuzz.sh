@@ -18,10 +18,10 @@ if [ "${1:-}" = --replay ]; then
     replay=${2:-}
     [ -f "$replay" ] && [ $# = 3 ] || { echo "fuzz.sh: --replay takes a file and a target" >&2; exit 2; }
     shift 2
-    set -- 0 "$1"
+    set -- 1 "$1"
 fi
 seconds=${1:-60}
-[[ $seconds =~ ^[0-9]+$ ]] || { echo "fuzz.sh: $seconds is no number of seconds" >&2; exit 2; }
+[[ $seconds =~ ^[1-9][0-9]*$ ]] || { echo "fuzz.sh: $seconds is no number of seconds" >&2; exit 2; }
 [ $# -gt 0 ] && shift
 
 if ! cargo +nightly --version >/dev/null 2>&1; then
