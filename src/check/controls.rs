@@ -134,7 +134,12 @@ fn faults_in_the_grouped_matmul_are_caught() {
             "if column >= params.end_column",
             "if column + 4u >= params.end_column",
         ),
-        fault("a neighbour's row", "matmul_tiled", "let row = i / TILE_K4;", "let row = (i / TILE_K4 + 1u) % TILE_M;"),
+        fault(
+            "a neighbour's row",
+            "matmul_tiled",
+            "tile_x[row * STRIDE + i % TILE_K4] = value;",
+            "tile_x[(row + 1u) % TILE_M * STRIDE + i % TILE_K4] = value;",
+        ),
     ];
     assert_caught(gpu, &case, MatmulChoice::Tiled { tile_m: 16, tile_n: 64 }, Stage::Down, &tiled);
     let tall = [wrong_expert("matmul_tiled"), tiled[2], tiled[4]];
