@@ -142,7 +142,7 @@ impl<'a> Case<'a> {
         let shares = routing.scores == Scores::Softmax && routing.renormalize == Some(Renormalize::default());
         let sums = weights.chunks_exact(self.config.top_k() as usize);
         let mut sums = sums.map(|weights| weights.iter().map(|&w| f64::from(w)).sum::<f64>());
-        sums.find(|sum| shares && routing.scale == 1.0 && !((sum - 1.0).abs() <= 2e-6))
+        sums.find(|sum| shares && routing.scale == 1.0 && !(-2e-6..=2e-6).contains(&(sum - 1.0)))
     }
 
     async fn check_permute(&self, harness: &Harness<'_>, plan: &Plan) -> Result<Verdict> {

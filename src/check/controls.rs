@@ -79,7 +79,8 @@ fn assert_caught(gpu: &Gpu, case: &Case<'_>, choice: MatmulChoice, stage: Stage,
         let reason = pollster::block_on(run(Some(fault))).expect("the faulty kernel runs");
         let reason = reason.unwrap_or_else(|| panic!("{} with {} passed", choice.label(), fault.name));
         println!("{} {}: {reason}", choice.label(), fault.name);
-        let compared = ["element", "wrote outside", "expert_offsets", "of_row", "of_assignment", "tiles", "choice"];
+        let compared =
+            ["element", "wrote outside", "expert_offsets", "of_row", "of_assignment", "tiles", "choice", "padding"];
         assert!(compared.iter().any(|word| reason.contains(word)), "{}: {reason}", fault.name);
     }
 }
@@ -133,7 +134,12 @@ fn faults_in_the_grouped_matmul_are_caught() {
             "if column >= params.end_column",
             "if column + 4u >= params.end_column",
         ),
-        fault("a neighbour's row", "matmul_tiled", "let row = i / TILE_K4;", "let row = (i / TILE_K4 + 1u) % TILE_M;"),
+        fault(
+            "a neighbour's row",
+            "matmul_tiled",
+            "tile_x[row * STRIDE + i % TILE_K4] = value;",
+            "tile_x[(row + 1u) % TILE_M * STRIDE + i % TILE_K4] = value;",
+        ),
     ];
     assert_caught(gpu, &case, MatmulChoice::Tiled { tile_m: 16, tile_n: 64 }, Stage::Down, &tiled);
     let tall = [wrong_expert("matmul_tiled"), tiled[2], tiled[4]];
@@ -236,7 +242,7 @@ fn one_flipped_bit_is_caught_by_integers() {
         "one flipped bit",
         "down",
         "= add_bias(expert, column, sums);",
-        "= bitcast<vec4<f32>>(bitcast<vec4<u32>>(add_bias(expert, column, sums)) ^ vec4<u32>(0u, 1u, 0u, 0u));",
+        "= bitcast<vec4<f32>>(bitcast<vec4<u32>>(add_bias(expert, column, sums)) ^ vec4<u32>(1u, 0u, 0u, 0u));",
     );
     let choice = MatmulChoice::Tiled { tile_m: 16, tile_n: 64 };
     let layer = Integers::new(WeightFormat::F32, (37, 3, 1), Function::Relu, false, 1).expect("sound");

@@ -305,7 +305,9 @@ mod tests {
             biased += u32::from(spec.biases.experts);
         }
         assert_eq!(stages.len(), 6, "{stages:?}");
-        assert_eq!((experts.len(), top_ks.len()), (EXPERTS.len(), 32), "{experts:?} {top_ks:?}");
+        // Others come from experts that are too large to have as many of.
+        assert!(EXPERTS.iter().all(|e| experts.contains(e)), "{experts:?}");
+        assert_eq!(top_ks.len(), 32, "{top_ks:?}");
         assert_eq!(activations.len(), Activation::examples().len());
         assert!(tails > 1000 && biased > 1000, "{tails} {biased}");
     }

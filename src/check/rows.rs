@@ -323,7 +323,7 @@ fn value(kind: Kind, draw: &mut Draw) -> f32 {
         Kind::AllEqual => 0.5,
         Kind::SignedZeros => draw.pick(&[0.0, -0.0]),
         Kind::Huge => draw.pick(&[f32::MAX, f32::MIN, 3e38, -3e38, 1e30, -1e30, 1e4]),
-        Kind::Tiny => f32::from_bits(draw.below(1 << 25) | draw.below(2) << 31),
+        Kind::Tiny => f32::from_bits(draw.below(1 << 25) | (draw.below(2) << 31)),
         Kind::Masked if !draw.once_in(4) => f32::NEG_INFINITY,
         Kind::AllMasked => f32::NEG_INFINITY,
         Kind::SomeNan if draw.once_in(2) => nan(draw),
@@ -336,7 +336,7 @@ fn value(kind: Kind, draw: &mut Draw) -> f32 {
 
 /// Quiet or not, of either sign.
 fn nan(draw: &mut Draw) -> f32 {
-    f32::from_bits(0x7f80_0001 + draw.below(0x7f_fffe) | draw.below(2) << 31)
+    f32::from_bits((0x7f80_0001 + draw.below(0x7f_fffe)) | (draw.below(2) << 31))
 }
 
 /// What there is one of in a row.
