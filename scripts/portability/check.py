@@ -23,7 +23,7 @@ UNIFORMITY = REPOSITORY / "tests" / "uniformity"
 WRONG_TYPE = {
     "wgsl": "@compute @workgroup_size(1) fn wrong() { let x: f32 = 1u; }",
     "hlsl": "struct One { int x; };\n[numthreads(1, 1, 1)] void wrong() { One one; one.y = one; }",
-    "metal": "#include <metal_stdlib>\nkernel void wrong(metal::float4 x) { metal::uint3 y = x; }",
+    "metal": "#include <metal_stdlib>\nkernel void wrong(metal::float4 x) { metal::float4 y = metal::no_such_function(x); }",
 }
 
 
@@ -182,6 +182,8 @@ class Msl(Leg):
 
     def check(self, kernels):
         flags = ["-x", "c++", "-std=c++17", "-mavx512fp16", "-fsyntax-only", "-Wno-everything", "-fno-caret-diagnostics"]
+        # Metal's literals without a suffix are float.
+        flags += ["-Xclang", "-cl-single-precision-constant"]
 
         def batch(part):
             done = run([self.program, *flags, "-I", HERE / "msl", *[path for path, _ in part]])
