@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What takes too long for every change: 12,000 generated cases, 1,000 runs of every variant, integers bit by bit and
-# 100,000 rows of logits through router and permute, on the device that WGMOE_ADAPTER names, or the best there is.
+# 100,000 rows of logits through router and permute, 100,000 passes in a row, and the tests of whole layers with all limits,
+# with nothing that is optional, and on SwiftShader; on the device that WGMOE_ADAPTER names, or the best there is.
 #
 #   scripts/nightly.sh               with another seed for the cases each day, which it prints
 #   scripts/nightly.sh --seed 7      with this one
-#   scripts/nightly.sh --cases 1500 --runs 100 --rows 10000
+#   scripts/nightly.sh --cases 1500 --runs 100 --rows 10000 --passes 2000
 #                                    less of everything
 #   scripts/nightly.sh --results DIR keeps the results as JSON there
 #
@@ -12,11 +13,11 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-seed=$(date +%Y%m%d) cases=12000 runs=1000 rows=100000 results=
+seed=$(date +%Y%m%d) cases=12000 runs=1000 rows=100000 passes=100000 results=
 while [ $# -gt 0 ]; do
     case "$1" in
-        -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        --seed | --cases | --runs | --rows)
+        -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --seed | --cases | --runs | --rows | --passes)
             case "${2:-}" in
                 '' | *[!0-9]*) echo "nightly.sh: $1 needs a number" >&2; exit 2 ;;
             esac
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
         --results)
             [ -n "${2:-}" ] || { echo "nightly.sh: $1 needs a folder" >&2; exit 2; }
             results=$2 ;;
-        *) echo "nightly.sh: unknown option $1; there are: --seed, --cases, --runs, --rows, --results" >&2; exit 2 ;;
+        *) echo "nightly.sh: unknown option $1; there are: --seed, --cases, --runs, --rows, --passes, --results" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -57,11 +58,32 @@ check determinism --determinism --runs "$runs"
 check exact --exact
 check rows --rows "$rows"
 
+# part NAME COMMAND...: another one.
+part() {
+    local name=$1 begun=$SECONDS verdict=passed
+    shift
+    printf '\n=== %s: %s\n' "$name" "$*"
+    "$@" </dev/null || { verdict=FAILED; failed=$((failed + 1)); }
+    summary+=("$(printf '%-12s %-6s %6d s   %s' "$name" "$verdict" $((SECONDS - begun)) "$*")")
+}
+
+part soak "$wgmoe" soak --forwards "$passes" --json "$results/soak.json"
+layers=(cargo test --release --no-fail-fast --test golden --test layer)
+part all-limits env WGMOE_LIMITS=adapter "${layers[@]}"
+part withheld env WGMOE_WITHHOLD=subgroups,timestamps,int64 "${layers[@]}"
+icd=$(ls /usr/lib/chromium/vk_swiftshader_icd.json /usr/lib/chromium-browser/vk_swiftshader_icd.json 2>/dev/null | head -n 1)
+if [ -n "$icd" ]; then
+    part swiftshader env -u WGMOE_ADAPTER WGMOE_EXPECT_ADAPTER=SwiftShader "VK_DRIVER_FILES=$icd" "VK_ICD_FILENAMES=$icd" \
+        "${layers[@]}"
+else
+    summary+=("swiftshader  NOT RUN: no chromium here, which brings it")
+fi
+
 printf '\n'
 printf '%s\n' "${summary[@]}"
 if [ "$failed" = 0 ]; then
     echo "nightly.sh: PASSED, $SECONDS s"
 else
-    echo "nightly.sh: FAILED: $failed of ${#summary[@]} parts, $SECONDS s"
+    echo "nightly.sh: FAILED: $failed parts, $SECONDS s"
     exit 1
 fi

@@ -168,9 +168,14 @@ if [ -n "$swiftshader" ]; then
     for suite in golden layer; do
         [ -f "tests/$suite.rs" ] && suites+=(--test "$suite")
     done
-    # Large batches are cut by the plan, whatever the driver, and take SwiftShader minutes: the first driver has run them.
-    step "SwiftShader: tests, without large batches" "${on_swiftshader[@]}" cargo test --release --no-fail-fast \
-        "${suites[@]}" -- --skip large_batches_repeat_the_small_one
+    # What takes SwiftShader minutes, the first driver has run; scripts/nightly.sh runs it here, too.
+    long=()
+    for name in large_batches_repeat_the_small_one every_case_matches_the_reference_in_every_variant \
+        a_tokens_bits_do_not_depend_on_its_batch tile_sizes_of_other_devices_match_the_reference; do
+        long+=(--skip "$name")
+    done
+    step "SwiftShader: tests, without the long ones" "${on_swiftshader[@]}" cargo test --release --no-fail-fast \
+        "${suites[@]}" -- "${long[@]}"
     step "SwiftShader: golden files" "${on_swiftshader[@]}" "$wgmoe" check tests/golden
 else
     printf '\nNo SwiftShader (chromium) here, so it is left out, and pages were opened in a browser only if there is another; scripts/test.sh --swiftshader installs it.\n'

@@ -92,7 +92,8 @@ pub mod tune;
 
 pub use bench::roofline::{Roofline, dense_matmul_time, roofline};
 pub use check::{
-    CaseId, CheckKind, KernelCheck, check_cases, check_determinism, check_exact, check_kernels, check_rows,
+    CaseId, CheckKind, KernelCheck, LoadReport, LoadRequest, LoadSample, check_cases, check_determinism, check_exact,
+    check_kernels, check_load, check_rows,
 };
 pub use context::Context;
 pub use error::{Error, Result};

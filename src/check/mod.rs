@@ -15,12 +15,14 @@ mod determinism;
 mod draw;
 mod exact;
 mod layers;
+mod load;
 mod random;
 mod rows;
 mod verdict;
 
 pub use determinism::check_determinism;
 pub use exact::check_exact;
+pub use load::{LoadReport, LoadRequest, LoadSample, check_load};
 pub use random::check_cases;
 pub use rows::check_rows;
 

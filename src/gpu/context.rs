@@ -16,6 +16,26 @@ use std::time::Duration;
 /// How long a wait may take before it is given up, unless [`Gpu::set_deadline`] says otherwise.
 const DEADLINE: Duration = Duration::from_secs(300);
 
+/// Features that kernels and times make use of where they are there.
+const WANTED: [(&str, wgpu::Features); 3] = [
+    ("subgroups", wgpu::Features::SUBGROUP),
+    ("timestamps", wgpu::Features::TIMESTAMP_QUERY),
+    ("int64", wgpu::Features::SHADER_INT64),
+];
+
+/// Features to do without, as a list of their names: so that one device can stand for a lesser one.
+fn withheld(names: &str) -> Result<wgpu::Features> {
+    let mut features = wgpu::Features::empty();
+    for name in names.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        let Some((_, feature)) = WANTED.iter().find(|(known, _)| *known == name) else {
+            let known = WANTED.map(|(known, _)| known).join(", ");
+            return Err(Error::config("WGMOE_WITHHOLD", name, format!("a list of: {known}")));
+        };
+        features |= *feature;
+    }
+    Ok(features)
+}
+
 /// How long a device that failed is asked whether it is lost.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -61,7 +81,9 @@ impl Gpu {
     /// Opens `adapter` with the WebGPU default limits, or with all that it has.
     pub(crate) async fn open(adapter: &wgpu::Adapter, all_limits: bool) -> Result<Self> {
         let info = adapter.get_info();
-        let wanted = wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SHADER_INT64;
+        let withheld = withheld(&std::env::var("WGMOE_WITHHOLD").unwrap_or_default())?;
+        let wanted = WANTED.iter().fold(wgpu::Features::empty(), |all, &(_, feature)| all | feature) - withheld;
+        let all_limits = all_limits || std::env::var("WGMOE_LIMITS").is_ok_and(|limits| limits == "adapter");
         let desc = wgpu::DeviceDescriptor {
             label: Some("wgmoe"),
             required_features: adapter.features() & wanted,
@@ -154,6 +176,20 @@ impl Gpu {
     /// No call is made to fail any more.
     pub fn fail_no_call(&self) {
         self.inner.injection.clear();
+    }
+
+    /// Buffers that are alive on the device, whoever made them, and their bytes, once everything that was submitted is done
+    /// and everything that was dropped is gone. 0 where wgpu does not count, as in a browser.
+    pub async fn alive(&self) -> Result<(u64, u64)> {
+        // What buffers were filled with at their creation is kept until the next submission.
+        let done = Signal::default();
+        let notify = done.clone();
+        self.scoped("submitting nothing", |_| self.queue().submit([])).await?;
+        self.queue().on_submitted_work_done(move || notify.set(Ok(())));
+        self.wait(&done, "everything that was submitted").await?;
+        let counters = self.device().get_internal_counters().hal;
+        let count = |value: isize| u64::try_from(value).unwrap_or(0);
+        Ok((count(counters.buffers.read()), count(counters.buffer_memory.read())))
     }
 
     /// Calls to the device so far that `fault` could have hit.
@@ -434,5 +470,23 @@ impl Future for Signal {
                 Poll::Pending
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_are_withheld_by_name() {
+        assert_eq!(withheld("").expect("nothing is withheld"), wgpu::Features::empty());
+        let two = withheld("int64, subgroups").expect("both are known");
+        assert_eq!(two, wgpu::Features::SHADER_INT64 | wgpu::Features::SUBGROUP);
+        let error = withheld("subgroups,f64").expect_err("f64 is not known");
+        assert!(
+            matches!(&error, Error::InvalidConfig { found, expected, .. }
+            if found == "f64" && expected.contains("timestamps")),
+            "{error:?}"
+        );
     }
 }

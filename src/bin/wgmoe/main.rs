@@ -27,6 +27,7 @@ mod report;
 mod run;
 mod shader;
 mod shell;
+mod soak;
 mod tune;
 mod tuning;
 
@@ -91,6 +92,7 @@ enum Command {
     Report(report::Args),
     Run(run::Args),
     Shader(shader::Args),
+    Soak(soak::Args),
     Tune(tune::Args),
 }
 
@@ -158,6 +160,7 @@ fn execute(cli: &Cli, output: &mut Output) -> anyhow::Result<Verdict> {
         Command::Report(args) => report::execute(args, output),
         Command::Run(args) => run::execute(args, device()?, output),
         Command::Shader(args) => shader::execute(args, output),
+        Command::Soak(args) => soak::execute(args, device()?, output),
         Command::Tune(args) => tune::execute(args, device()?, output),
     }
 }
