@@ -7,14 +7,16 @@ use super::Progress;
 use crate::bench::workload::Workload;
 use crate::context::{Context, Engine};
 use crate::error::{Error, Result};
+use crate::gpu::context::lock;
 use crate::layer::{LayerOptions, MoeLayer};
 use crate::model::activation::Activation;
 use crate::model::config::MoeConfig;
 use crate::model::formats::WeightFormat;
 use crate::model::routing::Routing;
 use serde::Serialize;
-use std::sync::Mutex;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Barrier, Mutex, PoisonError};
 
 /// Times that everything is dropped and memory is looked at.
 const SAMPLES: u64 = 20;
@@ -23,8 +25,10 @@ const WARM_UP: usize = 4;
 /// Bytes that the process may have more without a leak: what an allocator keeps goes up and down by as much from one look to
 /// the next, and one layer in a hundred left behind would be more.
 pub const ALLOCATOR_NOISE: f64 = 1048576.0;
-/// Passes that a layer lives for.
+/// Passes that a layer lives for; fewer while warming up, where twice as many threads run, so that no later moment needs
+/// more memory at once: drivers and allocators keep what the greatest moment took.
 const LIFE: u64 = 100;
+const SHORT_LIFE: u64 = 5;
 /// Batch sizes, of every way through the plan: one token, few, and enough for a sort.
 const TOKENS: [u32; 6] = [1, 3, 16, 17, 40, 130];
 const FORMATS: [WeightFormat; 3] = [WeightFormat::F16, WeightFormat::F32, WeightFormat::INT4];
@@ -108,41 +112,70 @@ pub fn check_load(contexts: &[Context; 2], request: &LoadRequest, progress: Prog
     let (layers, wrong, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let kept = Mutex::new(Vec::new());
     let mut samples = Vec::new();
-    for sample in 0..SAMPLES {
-        progress(sample as usize, SAMPLES as usize, "passes");
-        let due = request.forwards * (sample + 1) / SAMPLES - request.forwards * sample / SAMPLES;
-        let left = AtomicU64::new(due);
-        let work = |context: &Context, seed: u64| -> Result<()> {
-            for turn in seed.. {
-                let case = &cases[turn as usize % cases.len()];
-                let layer = case.layer(context)?;
-                layers.fetch_add(1, Ordering::Relaxed);
-                for pass in 0..LIFE {
-                    let next = |left: u64| left.checked_sub(1);
-                    if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).is_err() {
-                        return Ok(());
-                    }
-                    let index = ((turn * 5 + pass) % TOKENS.len() as u64) as usize;
-                    let y = layer.forward(case.batch(index))?;
-                    let same = y.iter().map(|v| v.to_bits()).eq(case.expected[index].iter().map(|v| v.to_bits()));
-                    wrong.fetch_add(u64::from(!same), Ordering::Relaxed);
-                    done.fetch_add(1, Ordering::Relaxed);
+    let due = |sample: u64| request.forwards * (sample + 1) / SAMPLES - request.forwards * sample / SAMPLES;
+    let (left, failed) = (AtomicU64::new(0), Mutex::new(None));
+    let work = |context: &Context, seed: u64, life: u64| -> Result<()> {
+        for turn in seed.. {
+            let case = &cases[turn as usize % cases.len()];
+            let layer = case.layer(context)?;
+            layers.fetch_add(1, Ordering::Relaxed);
+            for pass in 0..life {
+                let next = |left: u64| left.checked_sub(1);
+                if left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).is_err() {
+                    return Ok(());
                 }
-                if request.keep_layers {
-                    crate::gpu::context::lock(&kept).push(layer);
+                let index = ((turn * 5 + pass) % TOKENS.len() as u64) as usize;
+                let y = layer.forward(case.batch(index))?;
+                let same = y.iter().map(|v| v.to_bits()).eq(case.expected[index].iter().map(|v| v.to_bits()));
+                wrong.fetch_add(u64::from(!same), Ordering::Relaxed);
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+            if request.keep_layers {
+                lock(&kept).push(layer);
+            }
+        }
+        Ok(())
+    };
+    // The same threads from beginning to end: allocators keep memory for each. They wait while memory is looked at.
+    let threads = request.threads.max(1) as u64;
+    let meet = Barrier::new(4 * threads as usize + 1);
+    std::thread::scope(|scope| {
+        for (thread, context) in (0..2 * threads).flat_map(|thread| contexts.iter().map(move |c| (thread, c))) {
+            let (meet, work, failed) = (&meet, &work, &failed);
+            scope.spawn(move || {
+                for sample in 0..SAMPLES {
+                    meet.wait();
+                    // Whoever fails goes on meeting the others.
+                    let (is_due, life) = match sample < WARM_UP as u64 {
+                        true => (true, SHORT_LIFE),
+                        false => (thread < threads, LIFE),
+                    };
+                    if is_due && lock(failed).is_none() {
+                        // Nor must a panic keep the others waiting.
+                        let run = AssertUnwindSafe(|| work(context, sample * 7 + thread, life));
+                        if let Err(error) = catch_unwind(run).unwrap_or_else(|_| Err(panicked())) {
+                            lock(failed).get_or_insert(error);
+                        }
+                    }
+                    meet.wait();
+                }
+            });
+        }
+        for sample in 0..SAMPLES {
+            progress(sample as usize, SAMPLES as usize, "passes");
+            left.store(due(sample), Ordering::Relaxed);
+            meet.wait();
+            meet.wait();
+            match look(contexts, done.load(Ordering::Relaxed)) {
+                Ok(seen) => samples.push(seen),
+                Err(error) => {
+                    lock(&failed).get_or_insert(error);
                 }
             }
-            Ok(())
-        };
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..request.threads.max(1) as u64)
-                .flat_map(|thread| contexts.iter().map(move |context| (context, thread)))
-                .map(|(context, thread)| scope.spawn(move || work(context, sample * 7 + thread)))
-                .collect();
-            let ended = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(panicked())));
-            ended.collect::<Result<Vec<()>>>()
-        })?;
-        samples.push(look(contexts, done.load(Ordering::Relaxed))?);
+        }
+    });
+    if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error);
     }
     let quarter = (samples.len() - WARM_UP) / 4;
     // (from, to): medians of the first quarter after warming up, and of the last.
