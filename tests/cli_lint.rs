@@ -24,7 +24,7 @@ fn a_faulty_file_is_an_error_with_place_and_reason() {
     let printed = stdout(&output);
     assert!(printed.contains(&format!("{faulty}:10:5: error[barrier]: storageBarrier")), "{printed}");
     assert!(printed.contains(&format!("{faulty}:7: some invocations may have left by this `return`")), "{printed}");
-    assert!(printed.contains("2 sources: 1 errors, 0 warnings"), "{printed}");
+    assert!(printed.contains("2 sources: 1 error, 0 warnings"), "{printed}");
 }
 
 #[test]

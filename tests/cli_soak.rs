@@ -2,6 +2,7 @@
 #![cfg(feature = "cli")]
 
 #[path = "support/command.rs"]
+#[allow(dead_code, reason = "no path is an argument here")]
 mod command;
 
 use command::{assert_code, json, stderr};

@@ -24,7 +24,7 @@ const SAMPLES: u64 = 20;
 const WARM_UP: usize = 4;
 /// Bytes that the process may have more without a leak: what an allocator keeps goes up and down by as much from one look to
 /// the next, and one layer in a hundred left behind would be more.
-pub const ALLOCATOR_NOISE: f64 = 1048576.0;
+const ALLOCATOR_NOISE: f64 = 1048576.0;
 /// Passes that a layer lives for; fewer while warming up, where twice as many threads run, so that no later moment needs
 /// more memory at once: drivers and allocators keep what the greatest moment took.
 const LIFE: u64 = 100;
@@ -77,7 +77,7 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
-    /// No wrong bit, and no memory that grew by more than `share`; of the process, by more than [`ALLOCATOR_NOISE`], too.
+    /// No wrong bit, and no memory that grew by more than `share`; of the process, by more than a mebibyte, too.
     pub fn passed(&self, share: f64) -> bool {
         let is_noise = self.process_growth_bytes.is_none_or(|bytes| bytes <= ALLOCATOR_NOISE);
         let is_flat = self.process_growth.is_none_or(|growth| growth <= share);
@@ -197,7 +197,7 @@ pub fn check_load(contexts: &[Context; 2], request: &LoadRequest, progress: Prog
         layers: layers.into_inner(),
         wrong: wrong.into_inner(),
         process_growth: is_known.then(|| growth(process)),
-        process_growth_bytes: is_known.then(|| process.1 - process.0),
+        process_growth_bytes: is_known.then_some(process.1 - process.0),
         device_growth: growth(device),
         samples,
     })

@@ -46,7 +46,13 @@ pub fn execute(args: &Args, output: &mut Output) -> anyhow::Result<Verdict> {
     let num_barrier = all().filter(|finding| finding.rule == Rule::Barrier).count();
     let num_subgroup = all().filter(|finding| finding.rule == Rule::Subgroup).count();
     let num_refused = rows.iter().filter(|row| row.error.is_some()).count();
-    output.line(&format!("{} sources: {} errors, {num_subgroup} warnings", rows.len(), num_barrier + num_refused));
+    let counted = |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
+    output.line(&format!(
+        "{}: {}, {}",
+        counted(rows.len(), "source"),
+        counted(num_barrier + num_refused, "error"),
+        counted(num_subgroup, "warning")
+    ));
     output.json(&serde_json::json!({ "sources": rows }))?;
     Ok(if num_barrier + num_refused == 0 { Verdict::Right } else { Verdict::Wrong })
 }
