@@ -388,12 +388,11 @@ impl Results {
 
     fn parse(path: &Path, bytes: &[u8]) -> Result<Results> {
         let bad = |what: &str, found: String, expected: String| bad(path, what, found, expected);
-        let head = match serde_json::from_slice::<Head>(bytes) {
-            Ok(head) => head,
-            // JSON, but no object with one schema.
-            Err(error) if error.is_data() => Head::default(),
-            Err(error) => return Err(bad("the file", format!("no JSON: {error}"), RESULTS.to_owned())),
-        };
+        if let Err(error) = serde_json::from_slice::<&RawValue>(bytes) {
+            return Err(bad("the file", format!("no JSON: {error}"), RESULTS.to_owned()));
+        }
+        // JSON without an object of one schema has none.
+        let head: Head = serde_json::from_slice(bytes).unwrap_or_default();
         let found = head.schema.map_or("missing", RawValue::get);
         match found.parse() {
             Ok(1..=SCHEMA) => {}
@@ -590,6 +589,7 @@ pub(crate) mod tests {
             (with("/schema", "two".into()), vec!["its schema is \"two\""]),
             (unnumbered.to_string(), vec!["its schema is missing"]),
             ("[]".to_owned(), vec!["its schema is missing"]),
+            ("[1, 2]".to_owned(), vec!["its schema is missing"]),
             (with("/rows/0/tokens", "five".into()), vec!["its content", "five"]),
             (with("/rows/0/median_s", 0.0.into()), vec!["a time of", "5 tokens is 0, expected above 0"]),
             (with("/rows/0/timing/rounds/0/yardstick_s", (-1.0).into()), vec!["is -1, expected above 0"]),

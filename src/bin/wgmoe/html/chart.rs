@@ -20,7 +20,7 @@ const CHARACTER: f64 = 0.58;
 /// Height of a row where an axis has places.
 const ROW: u32 = 26;
 /// Room to the right of an axis, for half of its last label.
-const RIGHT: i32 = 14;
+const RIGHT: i32 = 20;
 /// The plotting crate makes fonts smaller by this.
 const FONT: f64 = 1.24;
 
@@ -266,7 +266,9 @@ impl Canvas<'_, '_> {
     }
 
     fn width_of(&self, text: &str) -> i32 {
-        (text.chars().count() as f64 * self.font * CHARACTER).ceil() as i32
+        // The widest letters take half as much again.
+        let of = |c: char| if matches!(c, 'M' | 'W' | 'm' | 'w' | '%' | '@') { 1.5 } else { 1.0 };
+        (text.chars().map(of).sum::<f64>() * self.font * CHARACTER).ceil() as i32
     }
 
     fn text(&self, text: &str, at: (i32, i32), ink: Ink, h: HPos, v: VPos) -> Drawn<()> {
