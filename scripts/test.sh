@@ -135,6 +135,20 @@ if [ -z "$devices" ]; then
 fi
 
 step "unit, integration and doc tests" cargo test --release --no-fail-fast
+
+# Compiling some thousand kernels keeps one core busy for minutes: beside the steps that follow, which keep another.
+timeout=$(command -v timeout)
+${timeout:+"$timeout" 1800} "$wgmoe" check >"$work/check.txt" 2>&1 </dev/null &
+checking=$!
+trap 'kill "$checking" 2>/dev/null; rm -rf "$work"' EXIT
+checked() {
+    local code
+    wait "$checking"
+    code=$?
+    cat "$work/check.txt"
+    return $code
+}
+
 step "benches, each run once" cargo test --release --no-fail-fast --benches
 if command -v python3 >/dev/null; then
     step "comparison with peers: self-test" python3 benches/peers/compare.py --self-test
@@ -153,7 +167,6 @@ if [ "$with_candle" = yes ]; then
 else
     printf '\n=== example candle_block: left out; scripts/test.sh --candle builds it\n'
 fi
-step "wgmoe check: kernels" "$wgmoe" check
 step "wgmoe check: golden files" "$wgmoe" check tests/golden
 step "wgmoe families" "$wgmoe" families
 
@@ -181,6 +194,8 @@ else
     printf '\nNo SwiftShader (chromium) here, so it is left out, and pages were opened in a browser only if there is another; scripts/test.sh --swiftshader installs it.\n'
 fi
 
+step "wgmoe check: kernels" checked
+
 # --- without any driver: the embedded CPU engine has to take over, and say so
 
 without_driver=(env -u WGMOE_REQUIRE_ADAPTER -u WGMOE_EXPECT_ADAPTER -u WGMOE_ADAPTER -u VK_ADD_DRIVER_FILES
@@ -197,6 +212,7 @@ if [ "$(uname -s)" = Linux ]; then
     devices="$devices + no driver"
     step "no driver: bench" bench_without_driver
     step "no driver: check, kernels" "${without_driver[@]}" "$wgmoe" check
+    step "no driver: check, integers" "${without_driver[@]}" "$wgmoe" check --exact
     step "no driver: check, golden files" "${without_driver[@]}" "$wgmoe" check tests/golden
     step "no driver: hello_moe" "${without_driver[@]}" cargo run --release --quiet --example hello_moe
     step "no driver: bring_your_own_device" \

@@ -45,12 +45,12 @@ fn each_part_runs_alone_and_says_how_much_it_checked() {
 }
 
 #[test]
-fn without_a_part_a_device_has_kernels_layers_integers_and_rows_checked() {
+fn without_a_part_a_device_has_kernels_layers_and_rows_checked() {
     let output = check(&["--json", "-"]);
     assert_code(&output, 0);
     let report = json(&output);
     let kinds: Vec<&String> = report["kinds"].as_object().expect("kinds").keys().collect();
-    assert_eq!(kinds, ["exact", "kernel", "layer", "rows"]);
+    assert_eq!(kinds, ["kernel", "layer", "rows"]);
     assert!(of_kind(&report, "rows")["count"].as_u64().is_some_and(|count| count >= 10_000));
 }
 

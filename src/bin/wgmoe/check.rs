@@ -17,7 +17,7 @@ use wgmoe::{
 
 const EXAMPLES: &str = "\
 Without a path, every kernel variant that this device can run is compared with its reference over a table of shapes, \
-layers of small integers are compared bit by bit, and 10,000 rows of logits of every kind go through router and permute.
+layers of every kind are compared whole, and 10,000 rows of logits of every kind go through router and permute.
 
 --cases, --exact, --rows and --determinism each run that part and no other; together, those that are named. A generated \
 case that fails is run again, alone, by the same --seed and --case with its number.
@@ -207,7 +207,7 @@ fn check_device(
     if let Some(cases) = generated {
         run(&mut |progress| wgmoe::check_cases(context, args.seed, cases.clone(), progress))?;
     }
-    if !named || args.exact {
+    if args.exact {
         run(&mut |progress| wgmoe::check_exact(context, progress))?;
     }
     if let Some(rows) = rows {
