@@ -480,14 +480,7 @@ impl MoeLayer {
 
     fn edit(&mut self, edit: Edit<'_>) -> Result<()> {
         let before = self.config.clone();
-        let change = match (&self.host, edit) {
-            (None, _) => None,
-            (Some(host), Edit::Add(expert)) => {
-                Some(host.prepare(&before, before.num_weighted_experts(), 0, Some(expert))?)
-            }
-            (Some(host), Edit::Remove(id)) => Some(host.prepare(&before, id, 1, None)?),
-            (Some(host), Edit::Replace(id, expert)) => Some(host.prepare(&before, id, 1, Some(expert))?),
-        };
+        let change = self.host.as_ref().map(|host| host.prepare(&before, edit.parts(&before))).transpose()?;
         match &mut self.engine {
             LayerEngine::Gpu(layer) => {
                 let result = pollster::block_on(layer.edit(edit));

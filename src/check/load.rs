@@ -4,6 +4,7 @@
 //! dropped and built anew. From time to time everything is dropped, and what is left is counted.
 
 use super::Progress;
+use crate::bench::stats::median_of;
 use crate::bench::workload::Workload;
 use crate::context::{Context, Engine};
 use crate::error::{Error, Result};
@@ -180,11 +181,7 @@ pub fn check_load(contexts: &[Context; 2], request: &LoadRequest, progress: Prog
     let quarter = (samples.len() - WARM_UP) / 4;
     // (from, to): medians of the first quarter after warming up, and of the last.
     let change = |of: &dyn Fn(&LoadSample) -> f64| {
-        let median = |samples: &[LoadSample]| {
-            let mut values: Vec<f64> = samples.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            values[values.len() / 2]
-        };
+        let median = |samples: &[LoadSample]| median_of(&samples.iter().map(of).collect::<Vec<f64>>());
         (median(&samples[WARM_UP..][..quarter]), median(&samples[samples.len() - quarter..]))
     };
     // From nothing to something is without bounds.

@@ -8,7 +8,7 @@ use super::panels::Panels;
 use crate::error::Result;
 use crate::model::config::MoeConfig;
 use crate::model::source::{ExpertKind, ExpertMatrix, HostSource, Projection, read_expert};
-use crate::model::weights::{ExpertWeights, MoeWeights, OptionalTensors, check_expert_id, splice_row};
+use crate::model::weights::{ExpertWeights, OptionalTensors, check_expert_id, splice_row};
 
 impl CpuLayer {
     /// Adds an expert after the others that have weights, and returns its id; those without weights move up by one.
@@ -82,12 +82,7 @@ impl CpuLayer {
             down_bias: self.experts.down.has_bias(),
             output_bias: false, // not about experts
         })?;
-        let weights = MoeWeights {
-            gate_proj: expert.gate_proj.clone(),
-            up_proj: expert.up_proj.clone(),
-            down_proj: expert.down_proj.clone(),
-            ..MoeWeights::default()
-        };
+        let weights = expert.matrices();
         let mut source = HostSource { config: &self.config, weights: &weights, formats: self.formats };
         let mut packed = routed_experts(&self.config, &self.formats);
         for projection in [Projection::First, Projection::Down] {

@@ -63,9 +63,7 @@ impl HostCopy {
     pub fn prepare<'a>(
         &self,
         config: &MoeConfig,
-        at: u32,
-        removed: usize,
-        inserted: Option<&'a ExpertWeights>,
+        (at, removed, inserted): (u32, u32, Option<&'a ExpertWeights>),
     ) -> Result<Change<'a>> {
         if removed > 0 {
             check_expert_id(config, at)?;
@@ -74,18 +72,13 @@ impl HostCopy {
             None => None,
             Some(expert) => {
                 expert.validate(config)?;
-                let weights = MoeWeights {
-                    gate_proj: expert.gate_proj.clone(),
-                    up_proj: expert.up_proj.clone(),
-                    down_proj: expert.down_proj.clone(),
-                    ..MoeWeights::default()
-                };
+                let weights = expert.matrices();
                 let mut source = HostSource { config, weights: &weights, formats: self.formats };
                 let [gate, up] = source.first(ExpertKind::Routed, 0)?;
                 Some((expert, [gate, up, source.down(ExpertKind::Routed, 0)?]))
             }
         };
-        Ok(Change { at: at as usize, removed, inserted })
+        Ok(Change { at: at as usize, removed: removed as usize, inserted })
     }
 
     /// Makes a change; `config` is the layer's before it.

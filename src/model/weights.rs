@@ -432,6 +432,16 @@ impl OptionalTensors {
 }
 
 impl ExpertWeights {
+    /// Its matrices as those of a layer of one expert: for packing.
+    pub(crate) fn matrices(&self) -> MoeWeights {
+        MoeWeights {
+            gate_proj: self.gate_proj.clone(),
+            up_proj: self.up_proj.clone(),
+            down_proj: self.down_proj.clone(),
+            ..MoeWeights::default()
+        }
+    }
+
     /// Lengths fit `config`, and every value is finite.
     pub fn validate(&self, config: &MoeConfig) -> Result<()> {
         let [h, i, d] = [config.hidden_size(), config.intermediate_size(), config.expert_size()].map(|n| n as usize);

@@ -13,9 +13,8 @@ const MOST: f64 = 0.01;
 const EXAMPLES: &str = "\
 Two contexts of the device, each shared by several threads, run batches of changing sizes on layers that are dropped and \
 built anew. Twenty times everything is dropped and memory is looked at: that of the process and that of the device may \
-grow by 1 % at most from the first quarter after warming up to the last (that of the process by 1 MiB, if that is more), and \
-every result has to have the bits of the \
-first of its kind.
+grow by 1 % at most from the first quarter after warming up to the last (that of the process by 1 MiB, if that is more), \
+and every result has to have the bits of the first of its kind.
 
 Examples:
   wgmoe soak

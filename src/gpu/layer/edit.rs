@@ -20,6 +20,17 @@ pub(crate) enum Edit<'a> {
     Replace(u32, &'a ExpertWeights),
 }
 
+impl<'a> Edit<'a> {
+    /// Of a layer that is as `config` says: the place, the experts that leave it, and the one that comes.
+    pub(crate) fn parts(self, config: &MoeConfig) -> (u32, u32, Option<&'a ExpertWeights>) {
+        match self {
+            Edit::Add(expert) => (config.num_weighted_experts(), 0, Some(expert)),
+            Edit::Remove(id) => (id, 1, None),
+            Edit::Replace(id, expert) => (id, 1, Some(expert)),
+        }
+    }
+}
+
 /// Where experts from `at` on come from: `removed` old ones are left out there, and a new one stands there or not.
 struct Splice<'a> {
     at: u32,
@@ -52,11 +63,7 @@ impl GpuLayer {
             });
         }
         let old = self.plan.config().clone();
-        let (at, removed, expert) = match edit {
-            Edit::Add(expert) => (old.num_weighted_experts(), 0, Some(expert)),
-            Edit::Remove(id) => (id, 1, None),
-            Edit::Replace(id, expert) => (id, 1, Some(expert)),
-        };
+        let (at, removed, expert) = edit.parts(&old);
         if removed > 0 {
             check_expert_id(&old, at)?;
         }
@@ -96,12 +103,7 @@ impl GpuLayer {
     fn checked(&self, expert: &ExpertWeights) -> Result<MoeWeights> {
         expert.validate(self.plan.config())?;
         expert.check_optional(&self.tensors)?;
-        Ok(MoeWeights {
-            gate_proj: expert.gate_proj.clone(),
-            up_proj: expert.up_proj.clone(),
-            down_proj: expert.down_proj.clone(),
-            ..MoeWeights::default()
-        })
+        Ok(expert.matrices())
     }
 
     /// The pages of a matrix after the change: those that stay are the old buffers, others are filled by copies.
