@@ -2,8 +2,7 @@
 
 fn activate(gate: vec2<f32>, up: vec2<f32>) -> vec2<f32> {
     // limit caps the gate, alpha the up projection
-    let sigmoid = vec2<f32>(1.0) / (vec2<f32>(1.0) + exp(min(-gate, vec2<f32>(80.0))));
-    return soft_cap(gate, params.limit) * sigmoid * soft_cap(up, params.alpha);
+    return times_sigmoid(soft_cap(gate, params.limit), gate) * soft_cap(up, params.alpha);
 }
 
 // cap * tanh(v / cap). tanh of a large number is 1, but some drivers make NaN of it.

@@ -18,13 +18,16 @@ fn score(logit: f32, row: Row) -> f32 {
 // Scores that look at one logit only.
 fn score_alone(logit: f32) -> f32 {
     if is_neg_infinity(logit) { return 0.0; }
-    if SCORES == SQRT_SOFTPLUS { return sqrt(softplus(logit)); }
+    // Far below 0, softplus is exp, whose root is a number where it no longer is.
+    if SCORES == SQRT_SOFTPLUS { return select(sqrt(softplus(logit)), exp(0.5 * logit), logit < -20.0); }
     return sigmoid(logit);
 }
 
 fn sigmoid(v: f32) -> f32 {
-    // exp(80) is still finite
-    return 1.0 / (1.0 + exp(min(-v, 80.0)));
+    // As in times_sigmoid.wgsl.
+    let half = exp(-0.5 * abs(v));
+    let kept = 1.0 / (1.0 + half * half);
+    return select(kept * half * half, kept, v >= 0.0);
 }
 
 // ln(1 + exp(v))

@@ -376,6 +376,17 @@ fn saturated_scores_do_not_make_a_tie() {
     check_choices(&layer, &[40.0, 60.0, 50.0], &[(1, 1.0)], &[&[(0, 1.0)]]);
 }
 
+/// The usual guard against overflow, exp(min(-v, 80)), makes all scores below sigmoid(-80) the same.
+#[test]
+fn tiny_scores_are_not_all_the_same() {
+    let (equal, apart) = ([(0, 0.5), (1, 0.5)], [(0, sigmoid(1.0)), (1, sigmoid(-1.0))]);
+    let sigmoids = layer(2, 2, Routing::new(Scores::Sigmoid, true));
+    check_choices(&sigmoids, &[-84.0, -85.0], &apart, &[&equal]);
+    // Roots of exponentials, where those are no numbers of f32 any more.
+    let roots = layer(2, 2, Routing::new(Scores::SqrtSoftplus, true));
+    check_choices(&roots, &[-110.0, -112.0], &apart, &[&equal]);
+}
+
 // Capacity
 
 fn capacity(limit: u32, priority: Priority) -> Capacity {
@@ -602,6 +613,31 @@ fn three_functions_are_called_gelu() {
         let layer = one_expert(Activation::plain(function), [0.0, v as f32]);
         check(&layer, &Batch::from(&[1.0]), &[right], &[&[wrong[0]], &[wrong[1]]]);
     }
+}
+
+/// The usual guard against overflow, exp(min(-v, 80)), leaves 1e-33 of a gate whose sigmoid is nothing.
+#[test]
+fn a_closed_gate_lets_nothing_through() {
+    let scale = 1e35f64;
+    let cases = [
+        (Activation::plain(Function::Silu), -86.0, 1.0),
+        (Activation::plain(Function::GeluQuick), -50.5, 1.702),
+        (Activation { form: Form::GptOss { limit: 7.0, alpha: 1.702 }, function: Function::Silu }, -50.5, 1.702),
+    ];
+    let through = |v: f64, t: f64| v * scale * sigmoid(t);
+    for (activation, v, slope) in cases {
+        // gpt-oss multiplies by up + 1.
+        let up = if activation.is_gated() { 0.0 } else { v as f32 };
+        let (config, mut weights) = one_expert(activation, [v as f32, up]);
+        weights.down_proj = vec![scale as f32];
+        check(&(config, weights), &Batch::from(&[1.0]), &[through(v, slope * v)], &[&[through(v, -80.0)]]);
+    }
+    let v = -9.95;
+    let slope = 2.0 * (2.0 / std::f64::consts::PI).sqrt() * (1.0 + 0.044_715 * v * v);
+    let (config, mut weights) = one_expert(Activation::plain(Function::GeluTanh), [0.0, v as f32]);
+    weights.down_proj = vec![scale as f32];
+    let v = f64::from(v as f32);
+    check(&(config, weights), &Batch::from(&[1.0]), &[through(v, slope * v)], &[&[through(v, -80.0)]]);
 }
 
 // Around the experts

@@ -24,6 +24,10 @@ pub fn kernel(
     input: Input,
 ) -> Kernel {
     let mut own = vec![function(activation.function)];
+    let of_function = matches!(activation.function, Function::Silu | Function::GeluTanh | Function::GeluQuick);
+    if of_function || matches!(activation.form, Form::GptOss { .. } | Form::SoftCapped { .. }) {
+        own.push(wgsl!("times_sigmoid"));
+    }
     match activation.form {
         Form::Plain => own.push(wgsl!("store_plain")),
         form => own.extend([form_part(form), wgsl!("store_gated")]),
