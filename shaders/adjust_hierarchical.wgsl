@@ -3,8 +3,9 @@
 
 fn adjust_logits(at: Place) {
     let size = params.num_experts / params.num_groups;
-    if at.is_token {
-        for (var g = at.own; g < params.num_groups; g += WG_SIZE / TOKENS) {
+    for (var begin = 0u; begin < params.num_groups; begin += WG_SIZE / TOKENS) {
+        let g = begin + at.own;
+        if at.is_token && g < params.num_groups {
             let first = at.row + g * size;
             var max = router_logits[first];
             for (var i = 1u; i < size; i++) {

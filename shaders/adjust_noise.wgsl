@@ -2,8 +2,9 @@
 // No entry point.
 
 fn adjust_logits(at: Place) {
-    if at.is_token {
-        for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
+    for (var begin = 0u; begin < params.num_experts; begin += WG_SIZE / TOKENS) {
+        let e = begin + at.own;
+        if at.is_token && e < params.num_experts {
             let width = softplus(router_logits[other_logit(at.token, params.num_rows - params.num_experts + e)]);
             router_logits[at.row + e] += width * normal_noise(params.noise_key, params.first_token + at.token, e);
         }

@@ -13,10 +13,13 @@ fn choose(at: Place, lane: u32) {
     var last = vec2<u32>(0xffffffffu, 0u);
     for (var j = 0u; j < params.top_k; j++) {
         var best = vec2<u32>(0u, 0xffffffffu);
-        for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
-            let candidate = vec2<u32>(order_key(rank(at, e)), e);
-            let after_last = candidate.x < last.x || (candidate.x == last.x && (j == 0u || candidate.y > last.y));
-            if after_last { best = better(best, candidate); }
+        for (var begin = 0u; begin < params.num_experts; begin += WG_SIZE / TOKENS) {
+            let e = begin + at.own;
+            if e < params.num_experts {
+                let candidate = vec2<u32>(order_key(rank(at, e)), e);
+                let after_last = candidate.x < last.x || (candidate.x == last.x && (j == 0u || candidate.y > last.y));
+                if after_last { best = better(best, candidate); }
+            }
         }
         workgroupBarrier();
         scratch_keys[lane] = best;

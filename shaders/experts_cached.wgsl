@@ -4,9 +4,10 @@
 
 const PLACES_IN_ORDER: bool = false;
 
-// Where the weights of an expert are, counted in experts.
+// Where the weights of an expert are, counted in experts. Surplus tiles belong to nobody.
+// One return only: FXC takes a value that is returned from two places for uninitialised, and barriers depend on this one.
 fn place_of(expert: u32) -> u32 {
-    // Surplus tiles belong to nobody.
-    if expert >= params.num_experts { return DROPPED; }
-    return place_of_expert[expert];
+    var place = DROPPED;
+    if expert < params.num_experts { place = place_of_expert[expert]; }
+    return place;
 }

@@ -10,12 +10,14 @@ var<workgroup> group_scores: array<f32, TOKENS * MAX_GROUPS>;
 fn mask_groups(at: Place, lane: u32) {
     let size = params.num_experts / params.num_groups;
     let first = (lane / (WG_SIZE / TOKENS)) * MAX_GROUPS;
-    for (var g = at.own; g < params.num_groups; g += WG_SIZE / TOKENS) {
-        group_scores[first + g] = group_score(ranks_at(at) + g * size, size);
+    for (var begin = 0u; begin < params.num_groups; begin += WG_SIZE / TOKENS) {
+        let g = begin + at.own;
+        if g < params.num_groups { group_scores[first + g] = group_score(ranks_at(at) + g * size, size); }
     }
     workgroupBarrier();
-    if at.is_token {
-        for (var g = at.own; g < params.num_groups; g += WG_SIZE / TOKENS) {
+    for (var begin = 0u; begin < params.num_groups; begin += WG_SIZE / TOKENS) {
+        let g = begin + at.own;
+        if at.is_token && g < params.num_groups {
             let own = order_key(group_scores[first + g]);
             var better = 0u; // groups that go before this one; on a tie the lower index does
             for (var other = 0u; other < params.num_groups; other++) {

@@ -79,26 +79,33 @@ fn store_row(tile: Tile, i: u32, column: u32, sums: vec4<f32>) {
 }
 
 // Inputs 4*k .. 4*(k + TILE_K4) of the tile's rows and of its first num_quads column quads; zeros past the end.
+// As many rounds for every lane: FXC takes barriers around a loop of a lane's own length for divergent.
 fn fill_tiles(tile: Tile, first_quad: u32, num_quads: u32, k: u32, lane: u32) {
-    for (var i = lane; i < TILE_M * TILE_K4; i += WG_SIZE) {
+    for (var begin = 0u; begin < TILE_M * TILE_K4; begin += WG_SIZE) {
+        let i = begin + lane;
         let row = i / TILE_K4;
-        let at = k + i % TILE_K4;
-        var value = vec4<f32>(0.0);
-        if at < params.k4 { value = load_input4(input_row(tile_row(tile, row)), params.x_stride, at); }
-        tile_x[row * STRIDE + i % TILE_K4] = value;
+        if row < TILE_M {
+            let at = k + i % TILE_K4;
+            var value = vec4<f32>(0.0);
+            if at < params.k4 { value = load_input4(input_row(tile_row(tile, row)), params.x_stride, at); }
+            tile_x[row * STRIDE + i % TILE_K4] = value;
+        }
     }
     let quads = TILE_N / LANE_COLUMNS;
-    for (var i = lane; i < quads * TILE_K4; i += WG_SIZE) {
+    for (var begin = 0u; begin < quads * TILE_K4; begin += WG_SIZE) {
+        let i = begin + lane;
         let quad = i / TILE_K4;
-        let at = k + i % TILE_K4;
-        var w = mat4x4<f32>();
-        if at < params.k4 && quad < num_quads {
-            w = load_weights4x4(first_quad + quad, at, load_scales(first_quad + quad, at));
+        if quad < quads {
+            let at = k + i % TILE_K4;
+            var w = mat4x4<f32>();
+            if at < params.k4 && quad < num_quads {
+                w = load_weights4x4(first_quad + quad, at, load_scales(first_quad + quad, at));
+            }
+            let place = 4u * (i % TILE_K4) * quads + quad;
+            tile_w[place] = w[0];
+            tile_w[place + quads] = w[1];
+            tile_w[place + 2u * quads] = w[2];
+            tile_w[place + 3u * quads] = w[3];
         }
-        let place = 4u * (i % TILE_K4) * quads + quad;
-        tile_w[place] = w[0];
-        tile_w[place + quads] = w[1];
-        tile_w[place + 2u * quads] = w[2];
-        tile_w[place + 3u * quads] = w[3];
     }
 }

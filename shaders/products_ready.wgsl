@@ -6,9 +6,10 @@
 fn compute_logits(first_token: u32, lane: u32) {
     let stride = (params.num_rows + 3u) / 4u * 4u;
     let end = min(TOKENS, params.num_tokens - first_token) * params.num_rows;
-    for (var i = lane; i < end; i += WG_SIZE) {
+    for (var begin = 0u; begin < end; begin += WG_SIZE) {
+        let i = begin + lane;
         let token = first_token + i / params.num_rows;
         let row = i % params.num_rows;
-        store_product(token, row, products[token * stride + row]);
+        if i < end { store_product(token, row, products[token * stride + row]); }
     }
 }

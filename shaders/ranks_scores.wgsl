@@ -9,8 +9,9 @@ fn rank(at: Place, e: u32) -> f32 {
 
 fn before_choice(at: Place, lane: u32) -> Row {
     let row = row_totals(at, lane, row_max(at, lane));
-    if at.is_token {
-        for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
+    for (var begin = 0u; begin < params.num_experts; begin += WG_SIZE / TOKENS) {
+        let e = begin + at.own;
+        if at.is_token && e < params.num_experts {
             let logit = router_logits[at.row + e];
             var rank = logit;
             if RANK_BY_LOGITS == 0u { rank = score(logit, row); }

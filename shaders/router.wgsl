@@ -6,7 +6,8 @@
 //
 // CPU twin   src/reference/router.rs
 // Mapping    workgroup = 4 tokens. First all lanes make their logits; then a quarter of the lanes picks the experts of
-//            one token
+//            one token. Loops over experts have as many rounds for every lane: Microsoft's FXC takes barriers after or
+//            around a loop of a lane's own length for divergent
 // Grid       [ceil(num_tokens / 4)], folded
 // Requires   num_experts <= 1024; WG_SIZE a power of two, at least 4
 // Numerics   f32; every token's sums are formed in the same order wherever it stands in the batch. Ranking uses
@@ -104,11 +105,14 @@ fn is_neg_infinity(value: f32) -> bool {
 fn row_totals(at: Place, lane: u32, max: f32) -> Row {
     // sum of exp(logit - max) over all experts, and whether any logit is NaN or +infinity
     var partial = vec2<f32>(0.0);
-    for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
-        let logit = router_logits[at.row + e];
-        let bits = bitcast<u32>(logit);
-        let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
-        partial += vec2<f32>(weight_of(logit, max), select(0.0, 1.0, bad));
+    for (var begin = 0u; begin < params.num_experts; begin += WG_SIZE / TOKENS) {
+        let e = begin + at.own;
+        if e < params.num_experts {
+            let logit = router_logits[at.row + e];
+            let bits = bitcast<u32>(logit);
+            let bad = (bits & 0x7fffffffu) > 0x7f800000u || bits == 0x7f800000u;
+            partial += vec2<f32>(weight_of(logit, max), select(0.0, 1.0, bad));
+        }
     }
     workgroupBarrier();
     scratch_sums[lane] = vec4<f32>(partial, 0.0, 0.0);
@@ -124,8 +128,9 @@ fn row_totals(at: Place, lane: u32, max: f32) -> Row {
 // The largest logit of a token. Barriers inside.
 fn row_max(at: Place, lane: u32) -> f32 {
     var max = router_logits[at.row];
-    for (var e = at.own; e < params.num_experts; e += WG_SIZE / TOKENS) {
-        let logit = router_logits[at.row + e];
+    for (var begin = 0u; begin < params.num_experts; begin += WG_SIZE / TOKENS) {
+        // The last expert is looked at by all that have none left.
+        let logit = router_logits[at.row + min(begin + at.own, params.num_experts - 1u)];
         if order_key(logit) > order_key(max) { max = logit; }
     }
     workgroupBarrier();

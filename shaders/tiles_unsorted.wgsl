@@ -11,25 +11,27 @@ struct Tile {
 
 @group(0) @binding(3) var<storage, read> topk_experts: array<u32>; // [num_tokens, top_k]
 
+// One return only: FXC takes a value that is returned from two places for uninitialised, and barriers depend on this one.
 fn find_tile(slot: u32) -> Tile {
     let expert = topk_experts[slot];
     var earlier = 0u;
     for (var a = 0u; a < slot; a++) {
         earlier += select(0u, 1u, topk_experts[a] == expert);
     }
-    if earlier % 4u != 0u { return Tile(params.num_experts, 0u, vec4<u32>(0u)); }
-    var rows = vec4<u32>(slot);
-    var num_rows = 1u;
-    for (var a = slot + 1u; a < params.num_assignments && num_rows < 4u; a++) {
-        if topk_experts[a] == expert {
-            // Lanes past the tile's end repeat its last row.
-            if num_rows == 1u { rows.y = a; }
-            if num_rows <= 2u { rows.z = a; }
-            rows.w = a;
-            num_rows++;
+    var tile = Tile(params.num_experts, 0u, vec4<u32>(0u));
+    if earlier % 4u == 0u {
+        tile = Tile(expert, 1u, vec4<u32>(slot));
+        for (var a = slot + 1u; a < params.num_assignments && tile.num_rows < 4u; a++) {
+            if topk_experts[a] == expert {
+                // Lanes past the tile's end repeat its last row.
+                if tile.num_rows == 1u { tile.rows.y = a; }
+                if tile.num_rows <= 2u { tile.rows.z = a; }
+                tile.rows.w = a;
+                tile.num_rows++;
+            }
         }
     }
-    return Tile(expert, num_rows, rows);
+    return tile;
 }
 
 fn due_slots() -> vec2<u32> {
