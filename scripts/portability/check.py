@@ -83,6 +83,7 @@ class Leg:
     """A compiler. `check` maps each (path, entry point) to None or the compiler's words."""
 
     language = "wgsl"
+    part = 1000  # kernels between two lines of progress
 
     def __init__(self, work, wgmoe):
         self.work, self.wgmoe = work, wgmoe
@@ -172,6 +173,7 @@ class Spirv(Leg):
 
 class Msl(Leg):
     language = "metal"
+    part = 100 * CORES
 
     def prepare(self):
         self.program = need("clang++", "clang libglm-dev")
@@ -181,25 +183,40 @@ class Msl(Leg):
         return run([self.program, "--version"]).stdout + header
 
     def check(self, kernels):
-        flags = ["-x", "c++", "-std=c++17", "-mavx512fp16", "-fsyntax-only", "-Wno-everything", "-fno-caret-diagnostics"]
+        flags = ["-x", "c++", "-std=c++17", "-mavx512fp16", "-fsyntax-only", "-Wno-everything"]
+        flags += ["-fno-caret-diagnostics", "-ferror-limit=0"]
         # Metal's literals without a suffix are float.
         flags += ["-Xclang", "-cl-single-precision-constant"]
 
-        def batch(part):
-            done = run([self.program, *flags, "-I", HERE / "msl", *[path for path, _ in part]])
-            found = {}
+        def batch(numbered):
+            number, part = numbered
+            # One translation unit for all of them: most of the time goes into the templates of GLM.
+            unit = self.work / f"unit.{number}.metal"
+            lines = ["#include <metal_stdlib>", "#include <simd/simd.h>"]
+            for n, (path, _) in enumerate(part):
+                # GLM's swizzles are functions.
+                text = re.sub(r"\.([xyzw]{2,4})\b", r".\1()", path.read_text())
+                lines += [f"namespace kernel_{n} {{", f'#line 1 "{path}"', text, "}"]
+            unit.write_text("\n".join(lines) + "\n")
+            done = run([self.program, *flags, "-I", HERE / "msl", unit])
+            paths, found, error = {str(path) for path, _ in part}, {}, None
             for line in done.stderr.splitlines():
-                if match := re.match(r"(.+?):\d+:\d+: (?:fatal )?error: ", line):
-                    found.setdefault(match.group(1), line)
-            # An error in the header belongs to everyone.
-            stray = done.stderr[-500:] if done.returncode and not any(str(path) in found for path, _ in part) else None
+                if match := re.match(r"(.+?):\d+:\d+: (?:fatal )?(error|note): ", line):
+                    # An error in the header is that of the kernel which a note after it names.
+                    error = line if match.group(2) == "error" else error
+                    if error and match.group(1) in paths:
+                        found.setdefault(match.group(1), error)
+                        error = None
+            # One that nobody is named for belongs to everyone.
+            stray = done.stderr[-500:] if done.returncode and not found else None
             return {kernel: found.get(str(kernel[0]), stray) for kernel in part}
 
-        return in_parallel(batch, batches(kernels, 40))
+        return in_parallel(batch, list(enumerate(batches(kernels, 50))))
 
 
 class Hlsl(Leg):
     language = "hlsl"
+    part = 25 * CORES
     compiler = ""
 
     def prepare(self):
@@ -242,7 +259,7 @@ class Hlsl(Leg):
             verdicts += ["the compiler ended before this"] * (len(part) - len(verdicts))
             return dict(zip(part, verdicts))
 
-        return in_parallel(batch, list(enumerate(batches(kernels, 50))))
+        return in_parallel(batch, list(enumerate(batches(kernels, 25))))
 
 
 class Dxc(Hlsl):
@@ -291,11 +308,15 @@ def run_leg(name, work, wgmoe, limit):
         if key not in accepted:
             places.setdefault(key, ((path, kernel["entry_point"]), []))[1].append(kernel["kernel"])
 
-    verdicts = leg.check([place for place, _ in places.values()]) if places else {}
-    refused = {label: verdicts[place] for place, labels in places.values() for label in labels if verdicts[place]}
-    accepted |= {key for key, (place, _) in places.items() if not verdicts[place]}
+    # A part at a time: what a run that is ended has seen, the next one need not see again.
+    verdicts, begun = {}, time.monotonic()
     accepted_file.parent.mkdir(parents=True, exist_ok=True)
-    accepted_file.write_text("".join(f"{key}\n" for key in sorted(accepted)))
+    for part in batches(list(places.items()), leg.part):
+        verdicts.update(leg.check([place for _, (place, _) in part]))
+        accepted |= {key for key, (place, _) in part if not verdicts[place]}
+        accepted_file.write_text("".join(f"{key}\n" for key in sorted(accepted)))
+        print(f"{name}: {len(verdicts)} of {len(places)} texts, {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    refused = {label: verdicts[place] for place, labels in places.values() for label in labels if verdicts[place]}
 
     controls = leg.controls()
     missed = [str(path) for (path, _), words in leg.check(controls).items() if not words]
