@@ -36,6 +36,15 @@ fn withheld(names: &str) -> Result<wgpu::Features> {
     Ok(features)
 }
 
+/// What `WGMOE_LIMITS` says.
+fn asks_for_all_limits(word: &str) -> Result<bool> {
+    match word {
+        "" => Ok(false),
+        "adapter" => Ok(true),
+        other => Err(Error::config("WGMOE_LIMITS", other, "adapter, or nothing".to_owned())),
+    }
+}
+
 /// How long a device that failed is asked whether it is lost.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -83,7 +92,7 @@ impl Gpu {
         let info = adapter.get_info();
         let withheld = withheld(&std::env::var("WGMOE_WITHHOLD").unwrap_or_default())?;
         let wanted = WANTED.iter().fold(wgpu::Features::empty(), |all, &(_, feature)| all | feature) - withheld;
-        let all_limits = all_limits || std::env::var("WGMOE_LIMITS").is_ok_and(|limits| limits == "adapter");
+        let all_limits = all_limits || asks_for_all_limits(&std::env::var("WGMOE_LIMITS").unwrap_or_default())?;
         let desc = wgpu::DeviceDescriptor {
             label: Some("wgmoe"),
             required_features: adapter.features() & wanted,
@@ -476,6 +485,14 @@ impl Future for Signal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_word_that_limits_do_not_know_is_no_other_word() {
+        assert!(!asks_for_all_limits("").expect("nothing is asked for"));
+        assert!(asks_for_all_limits("adapter").expect("it is known"));
+        let error = asks_for_all_limits("Adapter").expect_err("it is not known");
+        assert!(matches!(&error, Error::InvalidConfig { found, .. } if found == "Adapter"), "{error:?}");
+    }
 
     #[test]
     fn features_are_withheld_by_name() {
