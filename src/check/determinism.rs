@@ -16,8 +16,9 @@ use crate::model::routing::{Routing, Scores};
 use crate::plan::DeviceProfile;
 use crate::plan::variant::FEW_TOKENS;
 
-/// Weight formats that are decoded in different ways: not at all, from halves, from integers with scales, from blocks.
-const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT4, WeightFormat::Q4K];
+/// Weight formats that are decoded in different ways: not at all, from halves, from integers with scales, from a table. None
+/// has blocks that would make the layer large: runs are what counts here.
+const FORMATS: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::INT4, WeightFormat::Mxfp4];
 /// Tokens of the largest batch.
 const MOST_TOKENS: u32 = 256;
 /// Comparisons of a token alone with itself in a batch, for as many runs.
@@ -27,9 +28,9 @@ const RUNS: u64 = 1000;
 const EXPERTS: u32 = 9;
 const TOP_K: u32 = 3;
 
-/// `runs` passes of every variant in several formats, and in proportion batches of all sizes up to 256: 10,000 comparisons
-/// of a token alone with itself in a batch for 1,000 runs. A control has to fail: where the variant depends on the batch,
-/// so do bits.
+/// `runs` passes of every variant, shared among several formats, and in proportion batches of all sizes up to 256: 10,000
+/// comparisons of a token alone with itself in a batch for 1,000 runs. A control has to fail: where the variant depends on
+/// the batch, so do bits.
 ///
 /// # Errors
 /// What the device reports; bits that differ are no error.
@@ -43,6 +44,7 @@ pub fn check_determinism(context: &Context, runs: u32, progress: Progress<'_>) -
         work.extend(all.into_iter().map(|choice| (format, choice)));
     }
     let comparisons = (COMPARISONS * u64::from(runs) / RUNS).div_ceil(work.len() as u64).max(1);
+    let runs = runs.div_ceil(FORMATS.len() as u32);
     let mut checks = Vec::new();
     for (done, &(format, choice)) in work.iter().enumerate() {
         let subject = Subject::new(context, format, choice, done as u64)?;
@@ -91,7 +93,7 @@ struct Subject {
 impl Subject {
     fn new(context: &Context, format: WeightFormat, choice: Option<MatmulChoice>, seed: u64) -> Result<Self> {
         let size =
-            if format.block() == 1 { [100, 36] } else { [64, 32] }.map(|n: u32| n.next_multiple_of(format.block()));
+            if format.block() == 1 { [100, 20] } else { [64, 32] }.map(|n: u32| n.next_multiple_of(format.block()));
         let biases = Biases { router: true, selection: false, experts: seed.is_multiple_of(2) };
         let workload = Workload::new(config(size[0], size[1])?, 0.5, 100 + seed)?.with_biases(biases);
         let options = LayerOptions { weights: format, tile: choice, ..LayerOptions::default() };
