@@ -3,7 +3,7 @@
 #
 #   scripts/check-portability.sh                       all legs
 #   scripts/check-portability.sh --legs naga,tint      these only
-#   scripts/check-portability.sh --install             fetches what is missing (apt, npm) first
+#   scripts/check-portability.sh --install             fetches what the legs lack (apt, npm) first
 #   scripts/check-portability.sh --limit 50            of each leg 50 kernels, evenly spread
 #   scripts/check-portability.sh --json FILE           the results as JSON, too
 #

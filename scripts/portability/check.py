@@ -43,15 +43,34 @@ def need(program, package):
     return found
 
 
-def install(work):
-    packages = ["nodejs", "npm", "spirv-tools", "clang", "libglm-dev", "wine", "wine64", "gcc-mingw-w64-x86-64"]
-    programs = ["node", "npm", "spirv-val", "clang++", None, "wine", None, "x86_64-w64-mingw32-gcc"]
-    lacking = [name for name, program in zip(packages, programs) if program is None or not shutil.which(program)]
-    if shutil.which("apt-get"):
+# What a leg needs: Debian's packages, each with what is there once it is installed.
+NODE = {"nodejs": "/usr/bin/node", "npm": "/usr/bin/npm"}
+WINE = {"wine": "/usr/bin/wine", "wine64": "/usr/lib/wine/wine64"}
+WINE |= {"gcc-mingw-w64-x86-64": "/usr/bin/x86_64-w64-mingw32-gcc"}
+PACKAGES = {
+    "naga": {},
+    "tint": NODE,
+    "spirv": {"spirv-tools": "/usr/bin/spirv-val"},
+    "msl": {"clang": "/usr/bin/clang++", "libglm-dev": "/usr/include/glm/glm.hpp"},
+    "dxc": NODE | WINE,
+    "fxc": NODE | WINE,
+}
+
+
+def install(work, legs):
+    """Whatever does not work here is found missing by the leg that needs it."""
+    wanted = {name: path for leg in legs for name, path in PACKAGES[leg].items()}
+    is_here = lambda path: pathlib.Path(path).exists() or shutil.which(pathlib.Path(path).name)
+    lacking = [name for name, path in wanted.items() if not is_here(path)]
+    if lacking and shutil.which("apt-get"):
         sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "install", "-y", "--no-install-recommends"]
-        run([*apt, *lacking])
-    if not npm_package(work).is_dir() and shutil.which("npm"):
+        apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+        get = [*apt, "install", "-y", "--no-install-recommends", *lacking]
+        # Package lists may be too old, or not there at all.
+        if run(get).returncode != 0:
+            run([*apt, "update"])
+            run(get)
+    if "nodejs" in wanted and not npm_package(work).is_dir() and shutil.which("npm"):
         run(["npm", "install", "--no-fund", "--no-audit", "--prefix", work / "npm", f"webgpu@{WEBGPU}"])
 
 
@@ -346,7 +365,7 @@ def main():
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if arguments.install:
-        install(work)
+        install(work, names)
 
     results = {}
     for name in names:
