@@ -235,7 +235,7 @@ class Msl(Leg):
 
 class Hlsl(Leg):
     language = "hlsl"
-    part = 25 * CORES
+    part = 10 * CORES
     compiler = ""
 
     def prepare(self):
@@ -278,7 +278,7 @@ class Hlsl(Leg):
             verdicts += ["the compiler ended before this"] * (len(part) - len(verdicts))
             return dict(zip(part, verdicts))
 
-        return in_parallel(batch, list(enumerate(batches(kernels, 25))))
+        return in_parallel(batch, list(enumerate(batches(kernels, 10))))
 
 
 class Dxc(Hlsl):
