@@ -36,17 +36,13 @@ def run(command, **options):
     return subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, **options)
 
 
-def need(program, package):
-    found = shutil.which(program)
-    if not found:
-        raise Missing(f"{program} is missing: apt-get install {package}")
-    return found
-
-
 # What a leg needs: Debian's packages, each with what is there once it is installed.
 NODE = {"nodejs": "/usr/bin/node", "npm": "/usr/bin/npm"}
-WINE = {"wine": "/usr/bin/wine", "wine64": "/usr/lib/wine/wine64"}
-WINE |= {"gcc-mingw-w64-x86-64": "/usr/bin/x86_64-w64-mingw32-gcc"}
+WINE = {
+    "wine": "/usr/bin/wine",
+    "wine64": "/usr/lib/wine/wine64",
+    "gcc-mingw-w64-x86-64": "/usr/bin/x86_64-w64-mingw32-gcc",
+}
 PACKAGES = {
     "naga": {},
     "tint": NODE,
@@ -57,11 +53,20 @@ PACKAGES = {
 }
 
 
+def lacking_packages(wanted):
+    is_here = lambda path: pathlib.Path(path).exists() or shutil.which(pathlib.Path(path).name)
+    return [name for name, path in wanted.items() if not is_here(path)]
+
+
+def need(leg):
+    if lacking := lacking_packages(PACKAGES[leg]):
+        raise Missing(f"something is missing: apt-get install {' '.join(lacking)}, or --install")
+
+
 def install(work, legs):
     """Whatever does not work here is found missing by the leg that needs it."""
     wanted = {name: path for leg in legs for name, path in PACKAGES[leg].items()}
-    is_here = lambda path: pathlib.Path(path).exists() or shutil.which(pathlib.Path(path).name)
-    lacking = [name for name, path in wanted.items() if not is_here(path)]
+    lacking = lacking_packages(wanted)
     if lacking and shutil.which("apt-get"):
         sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
         apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
@@ -150,7 +155,6 @@ class Tint(Leg):
         return not kernel["needs_int64"]
 
     def prepare(self):
-        self.node = need("node", "nodejs npm")
         need_npm_package(self.work)
         return WEBGPU
 
@@ -160,7 +164,7 @@ class Tint(Leg):
     def check(self, kernels):
         names = self.work / "tint.list"
         names.write_text("".join(f"{path}\n" for path, _ in kernels))
-        done = run([self.node, HERE / "tint.mjs", self.work / "npm", names])
+        done = run(["node", HERE / "tint.mjs", self.work / "npm", names])
         rows = [json.loads(line) for line in done.stdout.splitlines()]
         if len(rows) != len(kernels):
             raise RuntimeError(f"Tint looked at {len(rows)} of {len(kernels)} kernels: {done.stderr[-500:]}")
@@ -171,8 +175,7 @@ class Spirv(Leg):
     language = "spv"
 
     def prepare(self):
-        self.program = need("spirv-val", "spirv-tools")
-        return run([self.program, "--version"]).stdout
+        return run(["spirv-val", "--version"]).stdout
 
     def controls(self):
         """A module whose last word is cut off."""
@@ -184,7 +187,7 @@ class Spirv(Leg):
 
     def check(self, kernels):
         def one(kernel):
-            done = run([self.program, "--target-env", "vulkan1.1", kernel[0]])
+            done = run(["spirv-val", "--target-env", "vulkan1.1", kernel[0]])
             return {kernel: None if done.returncode == 0 else done.stderr or "refused"}
 
         return in_parallel(one, kernels)
@@ -192,14 +195,12 @@ class Spirv(Leg):
 
 class Msl(Leg):
     language = "metal"
-    part = 100 * CORES
+    batch = 50  # in one unit
+    part = 2 * batch * CORES
 
     def prepare(self):
-        self.program = need("clang++", "clang libglm-dev")
-        if not pathlib.Path("/usr/include/glm/glm.hpp").is_file():
-            raise Missing("GLM is missing: apt-get install libglm-dev")
         header = (HERE / "msl" / "metal_stdlib").read_text()
-        return run([self.program, "--version"]).stdout + header
+        return run(["clang++", "--version"]).stdout + header
 
     def check(self, kernels):
         flags = ["-x", "c++", "-std=c++17", "-mavx512fp16", "-fsyntax-only", "-Wno-everything"]
@@ -217,30 +218,32 @@ class Msl(Leg):
                 text = re.sub(r"\.([xyzw]{2,4})\b", r".\1()", path.read_text())
                 lines += [f"namespace kernel_{n} {{", f'#line 1 "{path}"', text, "}"]
             unit.write_text("\n".join(lines) + "\n")
-            done = run([self.program, *flags, "-I", HERE / "msl", unit])
-            paths, found, error = {str(path) for path, _ in part}, {}, None
+            done = run(["clang++", *flags, "-I", HERE / "msl", unit])
+            paths, found, error, stray = {str(path) for path, _ in part}, {}, None, None
             for line in done.stderr.splitlines():
                 if match := re.match(r"(.+?):\d+:\d+: (?:fatal )?(error|note): ", line):
                     # An error in the header is that of the kernel which a note after it names.
-                    error = line if match.group(2) == "error" else error
+                    if match.group(2) == "error":
+                        stray, error = stray or error, line
                     if error and match.group(1) in paths:
                         found.setdefault(match.group(1), error)
                         error = None
             # One that nobody is named for belongs to everyone.
-            stray = done.stderr[-500:] if done.returncode and not found else None
+            stray = stray or error
+            if done.returncode and not found:
+                stray = stray or done.stderr[-500:] or "refused"
             return {kernel: found.get(str(kernel[0]), stray) for kernel in part}
 
-        return in_parallel(batch, list(enumerate(batches(kernels, 50))))
+        return in_parallel(batch, list(enumerate(batches(kernels, self.batch))))
 
 
 class Hlsl(Leg):
     language = "hlsl"
-    part = 10 * CORES
+    batch = 10  # in one process
+    part = batch * CORES
     compiler = ""
 
     def prepare(self):
-        self.wine = need("wine", "wine wine64")
-        gcc = need("x86_64-w64-mingw32-gcc", "gcc-mingw-w64-x86-64")
         package = need_npm_package(self.work)
         folder = self.work / "wine"
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +251,7 @@ class Hlsl(Leg):
             shutil.copy(library, folder)
         source = HERE / "hlsl_compile.c"
         self.program = folder / "hlsl_compile.exe"
-        run([gcc, "-O1", "-o", self.program, source], check=True)
+        run(["x86_64-w64-mingw32-gcc", "-O1", "-o", self.program, source], check=True)
         self.environment = {
             **os.environ,
             "WINEPREFIX": str(folder / "prefix"),
@@ -258,7 +261,7 @@ class Hlsl(Leg):
             "WINEDLLOVERRIDES": "d3dcompiler_47=n",
         }
         # The prefix is made by the first call, which must not have others beside it.
-        run([self.wine, "cmd", "/c", "exit"], env=self.environment)
+        run(["wine", "cmd", "/c", "exit"], env=self.environment)
         return WEBGPU + source.read_text()
 
     def check(self, kernels):
@@ -266,7 +269,7 @@ class Hlsl(Leg):
             number, part = numbered
             names = self.work / f"{self.compiler}.{number}.list"
             names.write_text("".join(f"{path}\t{entry}\n" for path, entry in part))
-            done = run([self.wine, self.program, self.compiler, names], env=self.environment)
+            done = run(["wine", self.program, self.compiler, names], env=self.environment)
             words, verdicts = [], []
             for line in done.stdout.splitlines():
                 if line.startswith("| "):
@@ -278,7 +281,7 @@ class Hlsl(Leg):
             verdicts += ["the compiler ended before this"] * (len(part) - len(verdicts))
             return dict(zip(part, verdicts))
 
-        return in_parallel(batch, list(enumerate(batches(kernels, 10))))
+        return in_parallel(batch, list(enumerate(batches(kernels, self.batch))))
 
 
 class Dxc(Hlsl):
@@ -310,6 +313,7 @@ def spread(items, limit):
 
 
 def run_leg(name, work, wgmoe, limit):
+    need(name)
     leg = LEGS[name](work, wgmoe)
     version = leg.prepare()
     folder, kernels = written(work, wgmoe, leg.language)
