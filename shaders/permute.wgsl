@@ -4,7 +4,8 @@
 //     row_of_assignment[a]   = expert_offsets[topk_experts[a]] + number of earlier assignments of the same expert,
 //                              DROPPED for one of no expert that has weights
 //     assignment_of_row      = its inverse
-//     tiles                  = each expert's rows cut into runs of tile_m, experts ascending
+//     tiles                  = each expert's rows cut into as few runs of at most tile_m as will do, about as long as
+//                              each other, experts ascending
 //
 // CPU twin   src/reference/permute.rs
 // Mapping    workgroup = chunk_len neighbouring assignments. Each counts all assignments by expert (and those before
@@ -26,6 +27,8 @@ struct Tile {
     first_row: u32,
     num_rows: u32,
 }
+
+const ROW_BLOCK: u32 = 8u; // rows that a kernel multiplies at a time: matmul_subgroup
 
 override WG_SIZE: u32 = 256;
 override NUM_EXPERTS: u32 = 1024;
@@ -114,11 +117,21 @@ fn write_tiles(group: u32, groups: u32, lane: u32, total: vec2<u32>) {
             if first_tile[middle] <= slot { low = middle; } else { high = middle; }
         }
         // Experts without rows share their first tile with the next expert; the last of them is the one with rows.
-        let row = atomicLoad(&first_row[low]) + (slot - first_tile[low]) * params.tile_m;
+        let first = atomicLoad(&first_row[low]);
         var end = total.x;
         if low + 1u < params.num_weighted { end = atomicLoad(&first_row[low + 1u]); }
-        tiles[slot] = Tile(low, row, min(params.tile_m, end - row));
+        let height = tile_height(end - first);
+        let row = first + (slot - first_tile[low]) * height;
+        tiles[slot] = Tile(low, row, min(height, end - row));
     }
+}
+
+// Rows of each tile of an expert but its last: tiles of 24 and 16 rows take less than such of 32 and 8, whose weights
+// serve few rows.
+fn tile_height(rows: u32) -> u32 {
+    let num_tiles = (rows + params.tile_m - 1u) / params.tile_m;
+    let even = (rows + num_tiles - 1u) / num_tiles;
+    return min(params.tile_m, (even + ROW_BLOCK - 1u) / ROW_BLOCK * ROW_BLOCK);
 }
 
 fn place_chunk(first: u32, lane: u32) {

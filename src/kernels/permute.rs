@@ -5,6 +5,9 @@ use super::{Access, Kernel, Stage, bind, wgsl};
 /// Lanes of one workgroup.
 pub const WG_SIZE: u32 = 256;
 
+/// Rows that a kernel multiplies at a time (`ROW_BLOCK` in `shaders/permute.wgsl`).
+const ROW_BLOCK: u32 = 8;
+
 /// Workgroup memory is sized for `num_experts`.
 pub fn kernel(num_experts: u32) -> Kernel {
     Kernel {
@@ -40,4 +43,11 @@ pub fn chunk_len(num_assignments: u32, max_workgroups: u32) -> u32 {
 /// Workgroups for `num_assignments` assignments.
 pub fn workgroups(num_assignments: u32, chunk_len: u32) -> u64 {
     u64::from(num_assignments.div_ceil(chunk_len))
+}
+
+/// Rows of each tile but the last, where `rows` rows of one expert are cut into as few tiles of at most `tile_m` as will do;
+/// 1 at least. Tiles of 24 and 16 rows take less than such of 32 and 8, whose weights serve few rows.
+pub fn tile_height(rows: u32, tile_m: u32) -> u32 {
+    let num_tiles = rows.div_ceil(tile_m).max(1);
+    rows.div_ceil(num_tiles).next_multiple_of(ROW_BLOCK).clamp(1, tile_m)
 }

@@ -514,9 +514,12 @@ impl Builder<'_> {
     /// page return at once. The output's first column is the first that is due.
     fn matmul(&mut self, kernel: &Kernel, product: &Product, buffers: &[(&'static str, &'static str)]) -> Result<()> {
         let (plan, params, p) = (self.plan, self.params, product);
-        let num_tile_slots = match p.dense_experts {
-            Some(experts) => experts * params.num_tokens.div_ceil(p.choice.tile_m()),
-            None => params.num_tile_slots,
+        let (num_tile_slots, tile_m) = match p.dense_experts {
+            Some(experts) => {
+                let tile_m = permute::tile_height(params.num_tokens, p.choice.tile_m());
+                (experts * params.num_tokens.div_ceil(tile_m), tile_m)
+            }
+            None => (params.num_tile_slots, p.choice.tile_m()),
         };
         let [limit, alpha] = p.activation.parameters();
         for (index, page) in plan.pages(p.weights).iter().enumerate() {
@@ -542,7 +545,7 @@ impl Builder<'_> {
                 num_assignments: if p.dense_experts.is_some() { params.num_tokens } else { params.num_assignments },
                 num_experts: p.dense_experts.unwrap_or(params.num_weighted),
                 top_k: params.top_k,
-                tile_m: p.choice.tile_m(),
+                tile_m,
                 bias_stride: p.bias_stride,
                 slice_column: p.columns.start,
                 limit,

@@ -1,5 +1,6 @@
 //! Stage 2: assignments sorted by expert, order kept within an expert. Twin of `shaders/permute.wgsl`.
 
+use crate::kernels::permute::tile_height;
 use crate::model::routing::DROPPED;
 
 /// Where each assignment went. `x_of_y`: index by y, get x.
@@ -39,12 +40,14 @@ pub struct Tile {
     pub num_rows: u32,
 }
 
-/// Every expert's rows cut into tiles of `tile_m`, experts ascending.
+/// Every expert's rows cut into as few tiles of at most `tile_m` as will do, about as high as each other, experts
+/// ascending.
 pub fn tiles(expert_offsets: &[u32], tile_m: u32) -> Vec<Tile> {
     let mut tiles = Vec::new();
     for (expert, range) in expert_offsets.windows(2).enumerate() {
-        for first_row in (range[0]..range[1]).step_by(tile_m as usize) {
-            tiles.push(Tile { expert: expert as u32, first_row, num_rows: tile_m.min(range[1] - first_row) });
+        let height = tile_height(range[1] - range[0], tile_m);
+        for first_row in (range[0]..range[1]).step_by(height as usize) {
+            tiles.push(Tile { expert: expert as u32, first_row, num_rows: height.min(range[1] - first_row) });
         }
     }
     tiles
