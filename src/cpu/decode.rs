@@ -1,7 +1,8 @@
 //! How a panel's lines become vectors of f32, one codec for each way of storing them.
 //!
-//! Every weight gets the bits that [`crate::model::formats::decode`] gives it: what a group shares is computed first,
-//! in the same order, and whatever is done differently here is exact.
+//! Every weight has the bits that [`crate::model::formats::decode`] gives it: what a group shares is computed first,
+//! in the same order, and whatever is done differently here is exact. Where a weight is a code times a factor that a group
+//! shares, the matmul kernel takes the codes, and multiplies their sums by the factor.
 
 use super::panels::{Line, WIDTH};
 use super::widen;
@@ -11,7 +12,7 @@ use pulp::Simd;
 
 /// What the lines of a group share, for `V` vectors of columns.
 pub(super) struct Group<S: Simd, const V: usize> {
-    factor: [S::f32s; V],
+    pub factor: [S::f32s; V],
     /// What is subtracted: before the factor or after it, as the format has it.
     less: [S::f32s; V],
 }
@@ -23,6 +24,9 @@ pub(super) trait Codec: Copy {
     /// its place among them is.
     const STEP: usize = 1;
 
+    /// Vectors are codes, which the group's factor makes weights. Else they are weights.
+    const HAS_FACTOR: bool = false;
+
     /// Lines of a group, a multiple of `STEP`. Divides 128, or is more than any panel has.
     fn group_lines(&self) -> usize;
 
@@ -32,7 +36,17 @@ pub(super) trait Codec: Copy {
     /// Vector v of line `k + step`, `k` a multiple of `STEP`.
     fn vector<S: Simd, const V: usize>(&self, simd: S, k: usize, step: usize, v: usize, group: &Group<S, V>)
     -> S::f32s;
+
+    /// Lines whose products are summed before anything else happens to them: no more than a group has, and no more than
+    /// [`SPAN`] where the sum is to be multiplied by a factor.
+    #[inline(always)]
+    fn span(&self) -> usize {
+        if Self::HAS_FACTOR { self.group_lines().min(SPAN) } else { self.group_lines() }
+    }
 }
+
+/// Codes of so many lines are summed by themselves: the least number of lines that are decoded at a time.
+pub(super) const SPAN: usize = 32;
 
 /// f32
 #[derive(Clone, Copy)]
@@ -113,20 +127,21 @@ pub(super) enum Scales<'a> {
     F16(&'a [[u32; WIDTH / 2]]),
 }
 
-/// `(code - zero) * scale`, codes of 8 or 4 bits.
+/// `(code - zero) * scale`, codes of 8 or 4 bits. The zero is that of the group, if `ZEROS`; else the middle of the codes.
 #[derive(Clone, Copy)]
-pub(super) struct Integers<'a, const BITS: usize> {
+pub(super) struct Integers<'a, const BITS: usize, const ZEROS: bool> {
     pub codes: &'a [Words],
     pub scales: Scales<'a>,
-    /// Of each group; else the middle of the codes is the zero.
-    pub zeros: Option<&'a [Words]>,
+    /// Of each group, if `ZEROS`.
+    pub zeros: &'a [Words],
     /// Codes are in two's complement: flipping the highest bit moves their zero to the middle, too.
     pub is_signed: bool,
     pub group_lines: usize,
 }
 
-impl<const BITS: usize> Codec for Integers<'_, BITS> {
+impl<const BITS: usize, const ZEROS: bool> Codec for Integers<'_, BITS, ZEROS> {
     const STEP: usize = 8 / BITS;
+    const HAS_FACTOR: bool = true;
 
     #[inline(always)]
     fn group_lines(&self) -> usize {
@@ -141,8 +156,8 @@ impl<const BITS: usize> Codec for Integers<'_, BITS> {
             Scales::F16(scales) => split_halves::<S, V>(simd, &scales[g]),
         };
         let mut less = [simd.splat_f32s((1 << (BITS - 1)) as f32); V];
-        if let Some(zeros) = self.zeros {
-            less = bytes(simd, &zeros[g]);
+        if ZEROS {
+            less = bytes(simd, &self.zeros[g]);
         }
         for (v, less) in less.iter_mut().enumerate() {
             let field = Field::of::<S>(BITS, 0, v);
@@ -162,11 +177,16 @@ impl<const BITS: usize> Codec for Integers<'_, BITS> {
     ) -> S::f32s {
         let words = &self.codes[k / Self::STEP];
         let field = Field::of::<S>(BITS, step, v);
+        if BITS == 4 && !ZEROS {
+            let code = shr(simd, S::as_simd_u32s(words).0[field.vector], field.at + field.shift);
+            if let Some(code) = widen::nibble_less_8(simd, code) {
+                return code;
+            }
+        }
         let flip = if self.is_signed { 1 << (BITS - 1) << field.at } else { 0 };
         let code = simd.and_u32s(field.words(simd, words), simd.splat_u32s(field.mask(BITS)));
         let raised = simd.xor_u32s(code, simd.splat_u32s(field.power() ^ flip));
-        let code = simd.sub_f32s(simd.transmute_f32s_u32s(raised), group.less[v]);
-        simd.mul_f32s(code, group.factor[v])
+        simd.sub_f32s(simd.transmute_f32s_u32s(raised), group.less[v])
     }
 }
 
@@ -233,6 +253,7 @@ pub(super) struct Q6K<'a> {
 
 impl Codec for Q6K<'_> {
     const STEP: usize = 4;
+    const HAS_FACTOR: bool = true;
 
     #[inline(always)]
     fn group_lines(&self) -> usize {
@@ -272,8 +293,7 @@ impl Codec for Q6K<'_> {
         let words = if from < to { shl(simd, words, to - from) } else { shr(simd, words, from - to) };
         let upper = simd.and_u32s(words, simd.splat_u32s(3 << to));
         let raised = simd.or_u32s(code, simd.or_u32s(upper, simd.splat_u32s(field.power())));
-        let code = simd.sub_f32s(simd.transmute_f32s_u32s(raised), group.less[v]);
-        simd.mul_f32s(group.factor[v], code)
+        simd.sub_f32s(simd.transmute_f32s_u32s(raised), group.less[v])
     }
 }
 
@@ -288,6 +308,7 @@ pub(super) struct SmallFloats<'a> {
 
 impl Codec for SmallFloats<'_> {
     const STEP: usize = 2;
+    const HAS_FACTOR: bool = true;
 
     #[inline(always)]
     fn group_lines(&self) -> usize {
@@ -315,19 +336,12 @@ impl Codec for SmallFloats<'_> {
     }
 
     #[inline(always)]
-    fn vector<S: Simd, const V: usize>(
-        &self,
-        simd: S,
-        k: usize,
-        step: usize,
-        v: usize,
-        group: &Group<S, V>,
-    ) -> S::f32s {
+    fn vector<S: Simd, const V: usize>(&self, simd: S, k: usize, step: usize, v: usize, _: &Group<S, V>) -> S::f32s {
         let words = &self.codes[k / Self::STEP];
         let field = Field::of::<S>(4, step, v);
         let words = S::as_simd_u32s(words).0[field.vector];
         let code = shr(simd, words, field.at + field.shift);
-        simd.mul_f32s(widen::e2m1(simd, code), group.factor[v])
+        widen::e2m1(simd, code)
     }
 }
 

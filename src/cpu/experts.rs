@@ -244,6 +244,7 @@ mod tests {
     use crate::cpu::chunks::{CHUNK_ROWS, TILE_ROWS, chunks};
     use crate::cpu::permute::pack;
     use crate::model::formats;
+    use bytemuck::Zeroable;
 
     /// Both stages' matmul, element by element, for every number of rows in a tile and around every block length.
     #[test]
@@ -282,16 +283,18 @@ mod tests {
         }
     }
 
-    /// Every output is one chain of multiply-adds over ascending inputs, of weights as the reference decodes them:
-    /// whatever the format, the rows beside it and the way that weights take into the multiplication.
+    /// Every output is one chain of multiply-adds over ascending inputs, or one for each span of inputs, whose sums are
+    /// chained times their factors: whatever the format, the rows beside it and the way that weights take into the
+    /// multiplication.
     #[test]
-    fn products_are_one_chain_of_multiply_adds_in_every_format() {
+    fn products_are_chains_of_multiply_adds_in_every_format() {
         let mut state = 5u32;
         let mut value = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
         let columns = 70;
+        let mut with_factors = Vec::new();
         for format in WeightFormat::every() {
             let depth = if format.block() == 1 { 301 } else { 512 };
             let w: Vec<f32> = (0..columns * depth).map(|_| value()).collect();
@@ -300,16 +303,49 @@ mod tests {
             let row_bytes = format.layout(depth).bytes;
             let mut weights = Panels::new(format, [columns, depth]);
             weights.push(|n| packed.get(n * row_bytes..(n + 1) * row_bytes)).expect("the memory is there");
+            let (mut decoded, mut factors) = (vec![Line::zeroed(); depth], vec![Line::zeroed(); depth]);
+            let mut codes = vec![0.0; columns * depth];
+            let (mut span, mut of_span) = (depth, Vec::new());
+            for panel in 0..weights.per_expert() {
+                let lines = weights.panel(0, panel).lines(pulp::Scalar, 0, &mut decoded, &mut factors);
+                span = lines.span.min(depth);
+                of_span.push(lines.factors.to_vec());
+                for n in panel * WIDTH..columns.min((panel + 1) * WIDTH) {
+                    for k in 0..depth {
+                        let code = lines.lines[k].0[n % WIDTH];
+                        let weight = lines.factors.get(k / span).map_or(code, |factor| code * factor.0[n % WIDTH]);
+                        assert_eq!(
+                            weight.to_bits(),
+                            stored[n * depth + k].to_bits(),
+                            "{format}: column {n}, input {k}"
+                        );
+                        codes[n * depth + k] = code;
+                    }
+                }
+            }
+            if !of_span[0].is_empty() {
+                with_factors.push(format.to_string());
+            }
             for rows in (1..=TILE_ROWS + 1).chain([2 * TILE_ROWS]) {
                 let x: Vec<f32> = (0..rows * depth).map(|_| value()).collect();
                 let chunks = chunks(&[0, rows]);
                 let mut packed = vec![f32::NAN; x.len()];
                 pack(&chunks, &mut packed, |r| &x[r * depth..][..depth]);
                 for simd in instruction_sets() {
+                    let multiply_add = |sum: f32, x: f32, w: f32| {
+                        if matches!(simd, Arch::Scalar) { x * w + sum } else { x.mul_add(w, sum) }
+                    };
                     let chain = |r: usize, n: usize| {
-                        let products = x[r * depth..][..depth].iter().zip(&stored[n * depth..][..depth]);
-                        let is_fused = !matches!(simd, Arch::Scalar);
-                        products.fold(0.0f32, |sum, (x, w)| if is_fused { x.mul_add(*w, sum) } else { x * w + sum })
+                        let (x, codes) = (&x[r * depth..][..depth], &codes[n * depth..][..depth]);
+                        let spans = x.chunks(span).zip(codes.chunks(span)).map(|(x, codes)| {
+                            x.iter().zip(codes).fold(0.0, |sum, (x, code)| multiply_add(sum, *x, *code))
+                        });
+                        match of_span[n / WIDTH].as_slice() {
+                            [] => spans.sum::<f32>(),
+                            factors => spans
+                                .zip(factors)
+                                .fold(0.0, |sum, (span, factor)| multiply_add(sum, span, factor.0[n % WIDTH])),
+                        }
                     };
                     let mut out = vec![f32::NAN; rows * columns];
                     project(simd, &weights, &chunks, &packed, &mut out);
@@ -324,6 +360,9 @@ mod tests {
                     }
                 }
             }
+        }
+        for format in ["int8", "int4", "int4:g128", "int4:zp", "mxfp4", "nvfp4", "q4_0", "q8_0", "q6_k"] {
+            assert!(with_factors.iter().any(|with| with == format), "{format} is not among {with_factors:?}");
         }
     }
 }

@@ -12,11 +12,13 @@
 //! Departures from it: `k` advances in blocks, so that a block of weights stays in the L1 cache for all tiles of the
 //! chunk and packed weights are decoded once for all of them; between blocks the accumulators wait in memory, which
 //! does not change their bits. A single tile whose accumulators all fit into the registers has no blocks: weights are
-//! decoded on their way into the multiplication (`Tile`).
+//! decoded on their way into the multiplication (`Tile`). Where weights are codes times a factor, codes take the place
+//! of weights, and the sums of each span of lines (`Codec::span`) are multiplied by the factor:
+//! `acc = sum over the span of x * code; sum = acc * factor + sum`. A multiplication for 32 lines instead of one for each.
 
 use super::chunks::{CHUNK_ROWS, Chunk, TILE_ROWS};
-use super::decode::{Codec, Group};
-use super::panel::{Panel, WithCodec};
+use super::decode::{Codec, Group, SPAN};
+use super::panel::{Lines, Panel, WithCodec};
 use super::panels::{Line, Panels, WIDTH};
 use super::widen::has_halves;
 use bytemuck::Zeroable;
@@ -26,7 +28,9 @@ use pulp::{NullaryFnOnce, Simd};
 const DEPTH_BLOCK: usize = 128;
 /// The same for a single tile, which reads every line once: short, so that memory does not idle while weights are
 /// decoded.
-const STREAMED_BLOCK: usize = 32;
+const STREAMED_BLOCK: usize = SPAN;
+/// The least that a span can have where it has a factor.
+const LEAST_SPAN: usize = 16;
 
 /// One panel of weights and the rows to multiply with it.
 #[derive(Clone, Copy)]
@@ -85,11 +89,12 @@ fn multiply_blocks<S: Simd>(
     sums: &mut [Line],
 ) {
     let (depth, first) = (x.len() / chunk.rows.len(), chunk.rows.start);
+    let mut factors = [Line::zeroed(); DEPTH_BLOCK / LEAST_SPAN];
     for k in (0..depth).step_by(decoded.len()) {
-        let lines = panel.lines(simd, k, decoded);
+        let lines = panel.lines(simd, k, decoded, &mut factors);
         for rows in chunk.tiles() {
             let rows = rows.start - first..rows.end - first;
-            let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.len() * rows.len()];
+            let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.lines.len() * rows.len()];
             multiply(simd, lines, x, &mut sums[rows]);
         }
     }
@@ -97,7 +102,7 @@ fn multiply_blocks<S: Simd>(
 
 /// `sums[r] += sum over k of x[k, r] * lines[k]`; `x [K, R]`, `sums [R]`.
 #[inline(always)]
-fn multiply<S: Simd>(simd: S, lines: &[Line], x: &[f32], sums: &mut [Line]) {
+fn multiply<S: Simd>(simd: S, lines: Lines<'_>, x: &[f32], sums: &mut [Line]) {
     match sums.len() {
         1 => multiply_rows::<S, 1>(simd, lines, x, sums),
         2 => multiply_rows::<S, 2>(simd, lines, x, sums),
@@ -112,7 +117,7 @@ fn multiply<S: Simd>(simd: S, lines: &[Line], x: &[f32], sums: &mut [Line]) {
 /// Four vectors of columns at a time, if the accumulators, four vectors of weights and a broadcast fit into the
 /// registers; else two.
 #[inline(always)]
-fn multiply_rows<S: Simd, const R: usize>(simd: S, lines: &[Line], x: &[f32], sums: &mut [Line]) {
+fn multiply_rows<S: Simd, const R: usize>(simd: S, lines: Lines<'_>, x: &[f32], sums: &mut [Line]) {
     if S::REGISTER_COUNT > R * 4 + 4 {
         multiply_vectors::<S, R, 4>(simd, lines, x, sums);
     } else {
@@ -122,25 +127,43 @@ fn multiply_rows<S: Simd, const R: usize>(simd: S, lines: &[Line], x: &[f32], su
 
 /// The inner loops. All of `R` and `V` is unrolled, so that the accumulators are registers.
 #[inline(always)]
-fn multiply_vectors<S: Simd, const R: usize, const V: usize>(simd: S, lines: &[Line], x: &[f32], sums: &mut [Line]) {
+fn multiply_vectors<S: Simd, const R: usize, const V: usize>(simd: S, lines: Lines<'_>, x: &[f32], sums: &mut [Line]) {
+    let Lines { lines, span, factors } = lines;
     let (x, _) = x.as_chunks::<R>();
     for first in (0..WIDTH / S::F32_LANES).step_by(V) {
-        let mut acc = [[simd.splat_f32s(0.0); V]; R];
-        for (acc, sums) in acc.iter_mut().zip(&*sums) {
-            acc.copy_from_slice(&S::as_simd_f32s(&sums.0).0[first..first + V]);
-        }
-        for (line, x) in lines.iter().zip(x) {
-            let w = &S::as_simd_f32s(&line.0).0[first..first + V];
-            for r in 0..R {
-                let x = simd.splat_f32s(x[r]);
-                for v in 0..V {
-                    acc[r][v] = simd.mul_add_e_f32s(x, w[v], acc[r][v]);
+        for (n, (lines, x)) in lines.chunks(span).zip(x.chunks(span)).enumerate() {
+            let mut acc = [[simd.splat_f32s(0.0); V]; R];
+            let factor = factors.get(n);
+            if factor.is_none() {
+                for (acc, sums) in acc.iter_mut().zip(&*sums) {
+                    acc.copy_from_slice(&S::as_simd_f32s(&sums.0).0[first..first + V]);
+                }
+            }
+            for (line, x) in lines.iter().zip(x) {
+                let w = &S::as_simd_f32s(&line.0).0[first..first + V];
+                for r in 0..R {
+                    let x = simd.splat_f32s(x[r]);
+                    for v in 0..V {
+                        acc[r][v] = simd.mul_add_e_f32s(x, w[v], acc[r][v]);
+                    }
+                }
+            }
+            for (acc, sums) in acc.iter().zip(&mut *sums) {
+                let sums = &mut S::as_mut_simd_f32s(&mut sums.0).0[first..first + V];
+                match factor {
+                    None => sums.copy_from_slice(acc),
+                    Some(factor) => add_scaled(simd, acc, &S::as_simd_f32s(&factor.0).0[first..first + V], sums),
                 }
             }
         }
-        for (acc, sums) in acc.iter().zip(&mut *sums) {
-            S::as_mut_simd_f32s(&mut sums.0).0[first..first + V].copy_from_slice(acc);
-        }
+    }
+}
+
+/// `sums += acc * factor`
+#[inline(always)]
+fn add_scaled<S: Simd>(simd: S, acc: &[S::f32s], factor: &[S::f32s], sums: &mut [S::f32s]) {
+    for ((acc, factor), sum) in acc.iter().zip(factor).zip(sums) {
+        *sum = simd.mul_add_e_f32s(*acc, *factor, *sum);
     }
 }
 
@@ -149,7 +172,7 @@ const fn fits_registers<S: Simd>(rows: usize) -> bool {
     rows <= TILE_ROWS && rows * (WIDTH / S::F32_LANES) + 8 <= S::REGISTER_COUNT
 }
 
-/// `sums[r] = sum over k of x[k, r] * w[k]`; `x [depth, R]`, `sums [R]`.
+/// `sums[r] = sum over k of x[k, r] * w[k]`; `x [depth, R]`, `sums [R]`, zeros before.
 struct Tile<'a, S> {
     simd: S,
     depth: usize,
@@ -158,6 +181,8 @@ struct Tile<'a, S> {
 }
 
 impl<S: Simd> WithCodec for Tile<'_, S> {
+    type Output = ();
+
     fn with_codec<C: Codec>(self, codec: C) {
         let simd = self.simd;
         match self.sums.len() {
@@ -192,13 +217,14 @@ impl<S: Simd, C: Codec, const R: usize> NullaryFnOnce for TileRows<'_, S, C, R> 
     }
 }
 
+/// `sums` are zeros.
 #[inline(always)]
 fn multiply_tile<S: Simd, C: Codec, const R: usize, const V: usize>(tile: Tile<'_, S>, codec: C) {
     let Tile { simd, depth, x, sums } = tile;
     let (x, _) = x.as_chunks::<R>();
-    let group_lines = codec.group_lines().min(depth);
+    let span = codec.span().min(depth);
     let mut acc = [[simd.splat_f32s(0.0); V]; R];
-    for (start, x) in (0..depth).step_by(group_lines).zip(x.chunks(group_lines)) {
+    for (start, x) in (0..depth).step_by(span).zip(x.chunks(span)) {
         let group = codec.group::<S, V>(simd, start);
         for (k, x) in (start..).step_by(C::STEP).zip(x.chunks_exact(C::STEP)) {
             // Written out: where a code lies has to be known when this is compiled.
@@ -211,9 +237,17 @@ fn multiply_tile<S: Simd, C: Codec, const R: usize, const V: usize>(tile: Tile<'
                 multiply_line(simd, codec, k, 3, &group, x, &mut acc);
             }
         }
+        if C::HAS_FACTOR {
+            for (acc, sums) in acc.iter().zip(&mut *sums) {
+                add_scaled(simd, acc, &group.factor, S::as_mut_simd_f32s(&mut sums.0).0);
+            }
+            acc = [[simd.splat_f32s(0.0); V]; R];
+        }
     }
-    for (acc, sums) in acc.iter().zip(sums) {
-        S::as_mut_simd_f32s(&mut sums.0).0.copy_from_slice(acc);
+    if !C::HAS_FACTOR {
+        for (acc, sums) in acc.iter().zip(sums) {
+            S::as_mut_simd_f32s(&mut sums.0).0.copy_from_slice(acc);
+        }
     }
 }
 

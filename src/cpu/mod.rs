@@ -3,8 +3,9 @@
 //! One function per stage, in the order of the pass; rayon spreads each stage over the threads of the current pool.
 //! Shapes are row-major unless a type says otherwise (`panels`, `chunks`).
 //!
-//! **Bits.** Every element of every product is one chain of multiply-adds over ascending `k`, in one accumulator,
-//! whatever the number of rows beside it (`kernel`). So the same input gives the same bits, on any number of
+//! **Bits.** Every element of every product is one chain of multiply-adds over ascending `k`, in one accumulator (where
+//! weights are codes times a factor: a chain of such chains, each times its factor), whatever the number of rows beside
+//! it (`kernel`). So the same input gives the same bits, on any number of
 //! threads, and a token alone gives the bits it gives inside a batch. Processors with and without fused
 //! multiply-add may differ from each other. Where a layer makes tokens compete (capacity, expert choice) or noise goes
 //! by a token's place, only the first of these holds.

@@ -11,7 +11,18 @@ use std::ops::Range;
 
 /// What is done with a panel once its codec is known.
 pub(super) trait WithCodec {
-    fn with_codec<C: Codec>(self, codec: C);
+    type Output;
+    fn with_codec<C: Codec>(self, codec: C) -> Self::Output;
+}
+
+/// Neighbouring lines as the matmul kernel takes them.
+#[derive(Clone, Copy)]
+pub(super) struct Lines<'a> {
+    pub lines: &'a [Line],
+    /// Lines whose products are summed by themselves.
+    pub span: usize,
+    /// What each span's sums are to be multiplied by; empty: by nothing, the lines are weights.
+    pub factors: &'a [Line],
 }
 
 /// See [`super::panels`].
@@ -39,21 +50,21 @@ impl<'a> Panel<'a> {
     }
 
     /// Calls `then` with the codec of this panel's format.
-    pub fn read(&self, then: impl WithCodec) {
+    pub fn read<T: WithCodec>(&self, then: T) -> T::Output {
         match self.format {
             WeightFormat::F32 => then.with_codec(Floats(self.region(0))),
             WeightFormat::F16 => then.with_codec(Halves(self.region(0))),
             WeightFormat::Bf16 => then.with_codec(UpperHalves(self.region(0))),
-            WeightFormat::Int8(groups) => then.with_codec(self.integers::<8>(groups)),
-            WeightFormat::Int4(groups) => then.with_codec(self.integers::<4>(groups)),
+            WeightFormat::Int8(groups) => self.read_integers::<8, T>(groups, then),
+            WeightFormat::Int4(groups) => self.read_integers::<4, T>(groups, then),
             WeightFormat::Q8_0 => then.with_codec(Integers { is_signed: true, ..self.blocks::<8>() }),
             WeightFormat::Q4_0 => then.with_codec(self.blocks::<4>()),
             WeightFormat::Mxfp4 => {
-                then.with_codec(SmallFloats { codes: self.region(0), scales: self.region(1), matrix: None });
+                then.with_codec(SmallFloats { codes: self.region(0), scales: self.region(1), matrix: None })
             }
             WeightFormat::Nvfp4 => {
                 let matrix = self.region(1).first();
-                then.with_codec(SmallFloats { codes: self.region(0), scales: self.region(2), matrix });
+                then.with_codec(SmallFloats { codes: self.region(0), scales: self.region(2), matrix })
             }
             WeightFormat::Fp8 => then.with_codec(Fp8 { codes: self.region(0), scales: self.region(1) }),
             WeightFormat::Q4K => then.with_codec(Q4K {
@@ -72,45 +83,80 @@ impl<'a> Panel<'a> {
         }
     }
 
-    fn integers<const BITS: usize>(&self, groups: IntGroups) -> Integers<'a, BITS> {
+    fn read_integers<const BITS: usize, T: WithCodec>(&self, groups: IntGroups, then: T) -> T::Output {
+        if groups.has_zero_points() {
+            then.with_codec(Integers::<BITS, true> { zeros: self.region(2), ..self.integers(groups) })
+        } else {
+            then.with_codec(self.integers::<BITS, false>(groups))
+        }
+    }
+
+    fn integers<const BITS: usize, const ZEROS: bool>(&self, groups: IntGroups) -> Integers<'a, BITS, ZEROS> {
         Integers {
             codes: self.region(0),
             scales: Scales::F32(self.region(1)),
-            zeros: groups.has_zero_points().then(|| self.region(2)),
+            zeros: &[],
             is_signed: false,
             group_lines: groups.size() as usize,
         }
     }
 
-    fn blocks<const BITS: usize>(&self) -> Integers<'a, BITS> {
+    fn blocks<const BITS: usize>(&self) -> Integers<'a, BITS, false> {
         let scales = Scales::F16(self.region(1));
-        Integers { codes: self.region(0), scales, zeros: None, is_signed: false, group_lines: 32 }
+        Integers { codes: self.region(0), scales, zeros: &[], is_signed: false, group_lines: 32 }
     }
 
-    /// Lines `first_line..` as f32; at most as many as `decoded` holds. That many is a multiple of a group's lines or a
-    /// divisor of them, and `first_line` is a multiple of it.
-    pub fn lines<S: Simd>(&self, simd: S, first_line: usize, decoded: &'a mut [Line]) -> &'a [Line] {
+    /// Weights of lines `first_line..` as f32; at most as many as `decoded` holds. That many is a multiple of a group's lines
+    /// or a divisor of them, and `first_line` is a multiple of it.
+    pub fn weights<S: Simd>(&self, simd: S, first_line: usize, decoded: &'a mut [Line]) -> &'a [Line] {
+        self.decode(simd, first_line, decoded, None).lines
+    }
+
+    /// The same, or codes with their factors. `factors` has room for those of each span of `decoded`.
+    pub fn lines<S: Simd>(
+        &self,
+        simd: S,
+        first_line: usize,
+        decoded: &'a mut [Line],
+        factors: &'a mut [Line],
+    ) -> Lines<'a> {
+        self.decode(simd, first_line, decoded, Some(factors))
+    }
+
+    fn decode<S: Simd>(
+        &self,
+        simd: S,
+        first_line: usize,
+        decoded: &'a mut [Line],
+        factors: Option<&'a mut [Line]>,
+    ) -> Lines<'a> {
         let num_lines = decoded.len().min(self.depth - first_line);
         let decoded = &mut decoded[..num_lines];
-        match self.format {
-            WeightFormat::F32 => return &self.region(0)[first_line..][..num_lines],
-            WeightFormat::F16 => decode_halves(&self.region(0)[first_line..][..num_lines], decoded),
-            _ => self.read(Decode { simd, first_line, decoded: &mut *decoded }),
-        }
-        decoded
+        let lines: &[Line] = match self.format {
+            WeightFormat::F32 => &self.region(0)[first_line..][..num_lines],
+            WeightFormat::F16 => {
+                decode_halves(&self.region(0)[first_line..][..num_lines], decoded);
+                decoded
+            }
+            _ => return self.read(Decode { simd, first_line, decoded, factors }),
+        };
+        Lines { lines, span: usize::MAX, factors: &[] }
     }
 }
 
-/// Lines of some panel to f32.
+/// Lines of some panel to f32: codes and factors where there are any and there is room for both.
 struct Decode<'a, S> {
     simd: S,
     first_line: usize,
     decoded: &'a mut [Line],
+    factors: Option<&'a mut [Line]>,
 }
 
-impl<S: Simd> WithCodec for Decode<'_, S> {
-    fn with_codec<C: Codec>(self, codec: C) {
-        self.simd.vectorize(DecodeLines { decode: self, codec });
+impl<'a, S: Simd> WithCodec for Decode<'a, S> {
+    type Output = Lines<'a>;
+
+    fn with_codec<C: Codec>(self, codec: C) -> Lines<'a> {
+        self.simd.vectorize(DecodeLines { decode: self, codec })
     }
 }
 
@@ -120,43 +166,67 @@ struct DecodeLines<'a, S, C> {
     codec: C,
 }
 
-impl<S: Simd, C: Codec> NullaryFnOnce for DecodeLines<'_, S, C> {
-    type Output = ();
+impl<'a, S: Simd, C: Codec> NullaryFnOnce for DecodeLines<'a, S, C> {
+    type Output = Lines<'a>;
 
     #[inline(always)]
-    fn call(self) {
-        let Decode { simd, first_line, decoded } = self.decode;
+    fn call(self) -> Lines<'a> {
         match const { WIDTH / S::F32_LANES } {
-            4 => decode::<S, C, 4>(simd, self.codec, first_line, decoded),
-            8 => decode::<S, C, 8>(simd, self.codec, first_line, decoded),
-            16 => decode::<S, C, 16>(simd, self.codec, first_line, decoded),
-            _ => decode::<S, C, WIDTH>(simd, self.codec, first_line, decoded),
+            4 => decode::<S, C, 4>(self.decode, self.codec),
+            8 => decode::<S, C, 8>(self.decode, self.codec),
+            16 => decode::<S, C, 16>(self.decode, self.codec),
+            _ => decode::<S, C, WIDTH>(self.decode, self.codec),
         }
     }
 }
 
 #[inline(always)]
-fn decode<S: Simd, C: Codec, const V: usize>(simd: S, codec: C, first_line: usize, decoded: &mut [Line]) {
-    let group_lines = codec.group_lines().min(decoded.len());
-    for (n, decoded) in decoded.chunks_mut(group_lines).enumerate() {
-        let start = first_line + n * group_lines;
-        let group = codec.group::<S, V>(simd, start);
-        for (k, lines) in (start..).step_by(C::STEP).zip(decoded.chunks_exact_mut(C::STEP)) {
-            // Written out: where a code lies has to be known when this is compiled.
-            decode_line(simd, codec, k, 0, &group, lines);
-            if C::STEP > 1 {
-                decode_line(simd, codec, k, 1, &group, lines);
+fn decode<'a, S: Simd, C: Codec, const V: usize>(decode: Decode<'a, S>, codec: C) -> Lines<'a> {
+    let Decode { simd, first_line, decoded, factors } = decode;
+    let span = codec.span().min(decoded.len());
+    match factors {
+        Some(factors) if C::HAS_FACTOR => {
+            let factors = &mut factors[..decoded.len().div_ceil(span)];
+            for (n, (decoded, factor)) in decoded.chunks_mut(span).zip(&mut *factors).enumerate() {
+                let group = decode_span::<S, C, V, false>(simd, codec, first_line + n * span, decoded);
+                S::as_mut_simd_f32s(&mut factor.0).0.copy_from_slice(&group.factor);
             }
-            if C::STEP > 2 {
-                decode_line(simd, codec, k, 2, &group, lines);
-                decode_line(simd, codec, k, 3, &group, lines);
+            Lines { lines: decoded, span, factors }
+        }
+        _ => {
+            for (n, decoded) in decoded.chunks_mut(span).enumerate() {
+                decode_span::<S, C, V, true>(simd, codec, first_line + n * span, decoded);
             }
+            Lines { lines: decoded, span: usize::MAX, factors: &[] }
         }
     }
 }
 
+/// Lines from `start` on, of one group, which is returned. `WEIGHTS`: with its factor in them.
 #[inline(always)]
-fn decode_line<S: Simd, C: Codec, const V: usize>(
+fn decode_span<S: Simd, C: Codec, const V: usize, const WEIGHTS: bool>(
+    simd: S,
+    codec: C,
+    start: usize,
+    decoded: &mut [Line],
+) -> Group<S, V> {
+    let group = codec.group::<S, V>(simd, start);
+    for (k, lines) in (start..).step_by(C::STEP).zip(decoded.chunks_exact_mut(C::STEP)) {
+        // Written out: where a code lies has to be known when this is compiled.
+        decode_line::<S, C, V, WEIGHTS>(simd, codec, k, 0, &group, lines);
+        if C::STEP > 1 {
+            decode_line::<S, C, V, WEIGHTS>(simd, codec, k, 1, &group, lines);
+        }
+        if C::STEP > 2 {
+            decode_line::<S, C, V, WEIGHTS>(simd, codec, k, 2, &group, lines);
+            decode_line::<S, C, V, WEIGHTS>(simd, codec, k, 3, &group, lines);
+        }
+    }
+    group
+}
+
+#[inline(always)]
+fn decode_line<S: Simd, C: Codec, const V: usize, const WEIGHTS: bool>(
     simd: S,
     codec: C,
     k: usize,
@@ -166,7 +236,8 @@ fn decode_line<S: Simd, C: Codec, const V: usize>(
 ) {
     let line = S::as_mut_simd_f32s(&mut lines[step].0).0;
     for (v, vector) in line.iter_mut().enumerate() {
-        *vector = codec.vector(simd, k, step, v, group);
+        let value = codec.vector(simd, k, step, v, group);
+        *vector = if WEIGHTS && C::HAS_FACTOR { simd.mul_f32s(value, group.factor[v]) } else { value };
     }
 }
 

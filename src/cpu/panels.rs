@@ -156,7 +156,7 @@ impl Panels {
         let mut rows = vec![0.0; self.columns * self.depth];
         let mut decoded = vec![Line::zeroed(); self.depth];
         for (panel, rows) in rows.chunks_mut(WIDTH * self.depth).enumerate() {
-            let lines = self.panel(expert, panel).lines(simd, 0, &mut decoded);
+            let lines = self.panel(expert, panel).weights(simd, 0, &mut decoded);
             for (j, row) in rows.chunks_exact_mut(self.depth).enumerate() {
                 row.iter_mut().zip(lines).for_each(|(value, line)| *value = line.0[j]);
             }
@@ -311,7 +311,7 @@ mod tests {
             let depth = format.block().max(4) as usize;
             let (_, panels) = random(format, 65, depth, 5);
             let mut decoded = vec![Line::zeroed(); depth];
-            for line in panels.panel(1, 1).lines(pulp::Scalar, 0, &mut decoded) {
+            for line in panels.panel(1, 1).weights(pulp::Scalar, 0, &mut decoded) {
                 assert!(line.0[1..].iter().all(|&v| v == 0.0), "{format}");
             }
         }
@@ -323,10 +323,10 @@ mod tests {
             let depth = 512;
             let (_, panels) = random(format, 64, depth, 7);
             let whole = &mut [Line::zeroed(); 512];
-            let whole = panels.panel(0, 0).lines(pulp::Scalar, 0, whole);
+            let whole = panels.panel(0, 0).weights(pulp::Scalar, 0, whole);
             for (start, len) in [(0, 32), (32, 32), (480, 32), (128, 128), (448, 64)] {
                 let mut decoded = [Line::zeroed(); 128];
-                let lines = panels.panel(0, 0).lines(pulp::Scalar, start, &mut decoded[..len]);
+                let lines = panels.panel(0, 0).weights(pulp::Scalar, start, &mut decoded[..len]);
                 assert_eq!(lines.len(), len.min(depth - start));
                 let lines = bytemuck::cast_slice(lines);
                 assert!(bits(lines) == bits(bytemuck::cast_slice(&whole[start..][..lines.len() / WIDTH])), "{format}");

@@ -55,7 +55,7 @@ fn without_exponent<S: Simd>(simd: S, normal: S::f32s, least: f32) -> S::f32s {
     simd.min_f32s(normal, simd.mul_add_e_f32s(normal, simd.splat_f32s(2.0), simd.splat_f32s(-least)))
 }
 
-pub(super) use special::has_halves;
+pub(super) use special::{has_halves, nibble_less_8};
 
 /// Vector `v` of a line of f16.
 #[inline(always)]
@@ -107,6 +107,16 @@ mod special {
         None
     }
 
+    /// The lowest 4 bits less 8, where an instruction looks numbers up in a table of 16; the others are not looked at.
+    #[inline(always)]
+    pub fn nibble_less_8<S: Simd>(simd: S, code: S::u32s) -> Option<S::f32s> {
+        const VALUES: [f32; 16] =
+            [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+        let v4 = (&simd as &dyn Any).downcast_ref::<V4>()?;
+        let (values, code): (__m512, __m512i) = (bytemuck::cast(VALUES), bytemuck::cast(code));
+        Some(bytemuck::cast(v4.avx512f._mm512_permutexvar_ps(code, values)))
+    }
+
     #[inline(always)]
     pub fn halves<S: Simd>(simd: S, line: &[f16; WIDTH], v: usize) -> Option<S::f32s> {
         let v4 = (&simd as &dyn Any).downcast_ref::<V4>()?;
@@ -129,6 +139,11 @@ mod special {
 
     #[inline(always)]
     pub fn e2m1<S: Simd>(_: S, _: S::u32s) -> Option<S::f32s> {
+        None
+    }
+
+    #[inline(always)]
+    pub fn nibble_less_8<S: Simd>(_: S, _: S::u32s) -> Option<S::f32s> {
         None
     }
 
