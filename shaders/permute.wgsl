@@ -28,7 +28,7 @@ struct Tile {
     num_rows: u32,
 }
 
-const ROW_BLOCK: u32 = 8u; // rows that a kernel multiplies at a time: matmul_subgroup
+const ROW_BLOCK: u32 = 8u; // rows that a kernel multiplies at a time: Rows8
 
 override WG_SIZE: u32 = 256;
 override NUM_EXPERTS: u32 = 1024;

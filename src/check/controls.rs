@@ -205,7 +205,7 @@ fn faults_of_other_stages_are_caught() {
             "let earlier = vec4<u32>(i, i + 1u, i + 2u, i + 3u) < vec4<u32>(lane);",
             "let earlier = vec4<u32>(i, i + 1u, i + 2u, i + 3u) > vec4<u32>(lane);",
         ),
-        fault("a tile's rows", "permute", "min(params.tile_m, end - row)", "min(params.tile_m + 1u, end - row)"),
+        fault("a tile's rows", "permute", "min(height, end - row)", "min(height + 1u, end - row)"),
         fault(
             "a wrong offset",
             "permute",
