@@ -94,9 +94,8 @@ mod special {
         const VALUES: [f32; 16] =
             [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
         const MAGNITUDES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-        if let Some(v4) = (&simd as &dyn Any).downcast_ref::<V4>() {
-            let (values, code): (__m512, __m512i) = (bytemuck::cast(VALUES), bytemuck::cast(code));
-            return Some(bytemuck::cast(v4.avx512f._mm512_permutexvar_ps(code, values)));
+        if let Some(value) = look_up(simd, VALUES, code) {
+            return Some(value);
         }
         if let Some(v3) = (&simd as &dyn Any).downcast_ref::<V3>() {
             let sign = simd.and_u32s(shl(simd, code, 28), simd.splat_u32s(1 << 31));
@@ -112,8 +111,14 @@ mod special {
     pub fn nibble_less_8<S: Simd>(simd: S, code: S::u32s) -> Option<S::f32s> {
         const VALUES: [f32; 16] =
             [-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
+        look_up(simd, VALUES, code)
+    }
+
+    /// The value for each code's lowest 4 bits.
+    #[inline(always)]
+    fn look_up<S: Simd>(simd: S, values: [f32; 16], code: S::u32s) -> Option<S::f32s> {
         let v4 = (&simd as &dyn Any).downcast_ref::<V4>()?;
-        let (values, code): (__m512, __m512i) = (bytemuck::cast(VALUES), bytemuck::cast(code));
+        let (values, code): (__m512, __m512i) = (bytemuck::cast(values), bytemuck::cast(code));
         Some(bytemuck::cast(v4.avx512f._mm512_permutexvar_ps(code, values)))
     }
 
