@@ -142,7 +142,18 @@ fn each_matrix_has_the_format_that_its_source_says() {
     stored.extras.shared_up_proj = bf16.extras.shared_up_proj;
     stored.extras.shared_down_proj = fp8.extras.shared_down_proj;
     let floats = CpuLayer::new(config.clone(), &stored, WeightFormat::F32).expect("the weights are valid");
-    // Not to the bit: sums of codes are scaled, where f32 adds up scaled weights.
+    // Every weight to the bit.
+    let stored_bits = |layer: &CpuLayer| -> Vec<u32> {
+        let experts = [(&layer.experts, 3), (layer.shared.as_ref().expect("there are some"), 2)];
+        let matrices = experts.into_iter().flat_map(|(experts, num)| {
+            (0..num).flat_map(|e| [&experts.first, &experts.down].map(|matrix| matrix.unpack(pulp::Scalar, e)))
+        });
+        matrices.flatten().map(f32::to_bits).collect()
+    };
+    assert!(stored_bits(&mixed) == stored_bits(&floats));
+    let unrounded = CpuLayer::new(config.clone(), &weights, WeightFormat::F32).expect("the weights are valid");
+    assert!(stored_bits(&mixed) != stored_bits(&unrounded), "unrounded weights are others");
+    // The outputs not: sums of codes are scaled, where f32 adds up scaled weights.
     let difference = |a: &CpuLayer, b: &CpuLayer| {
         let (a, b) = (forward(a), forward(b));
         let largest = a.iter().fold(0.0f32, |largest, a| largest.max(a.abs()));

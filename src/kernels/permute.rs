@@ -51,3 +51,23 @@ pub fn tile_height(rows: u32, tile_m: u32) -> u32 {
     let num_tiles = rows.div_ceil(tile_m).max(1);
     rows.div_ceil(num_tiles).next_multiple_of(ROW_BLOCK).clamp(1, tile_m)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_as_few_as_can_be_and_about_as_high() {
+        let height = |rows| tile_height(rows, 32);
+        assert_eq!(
+            [1, 8, 9, 32, 33, 40, 48, 49, 64, 65, 72, 97].map(height),
+            [8, 8, 16, 32, 24, 24, 24, 32, 32, 24, 24, 32]
+        );
+        assert_eq!((tile_height(0, 32), tile_height(5, 4), tile_height(13, 12)), (1, 4, 8));
+        for (rows, tile_m) in (1..300).flat_map(|rows| [4, 12, 16, 32, 64].map(|tile_m| (rows, tile_m))) {
+            let height = tile_height(rows, tile_m);
+            assert!((1..=tile_m).contains(&height), "{rows} rows, {tile_m}");
+            assert_eq!(rows.div_ceil(height), rows.div_ceil(tile_m), "{rows} rows, {tile_m}");
+        }
+    }
+}
