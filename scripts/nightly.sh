@@ -44,21 +44,7 @@ wgmoe=$PWD/${CARGO_TARGET_DIR:-target}/release/wgmoe
 case "${CARGO_TARGET_DIR:-}" in /*) wgmoe=$CARGO_TARGET_DIR/release/wgmoe ;; esac
 
 summary=() failed=0
-# check NAME OPTION...: one part, a line of the summary.
-check() {
-    local name=$1 begun=$SECONDS verdict=passed
-    shift
-    printf '\n=== %s: wgmoe check %s\n' "$name" "$*"
-    "$wgmoe" check "$@" --json "$results/$name.json" </dev/null || { verdict=FAILED; failed=$((failed + 1)); }
-    summary+=("$(printf '%-12s %-6s %6d s   wgmoe check %s' "$name" "$verdict" $((SECONDS - begun)) "$*")")
-}
-
-check cases --cases "$cases" --seed "$seed"
-check determinism --determinism --runs "$runs"
-check exact --exact
-check rows --rows "$rows"
-
-# part NAME COMMAND...: another one.
+# part NAME COMMAND...: one part, a line of the summary.
 part() {
     local name=$1 begun=$SECONDS verdict=passed
     shift
@@ -66,6 +52,18 @@ part() {
     "$@" </dev/null || { verdict=FAILED; failed=$((failed + 1)); }
     summary+=("$(printf '%-12s %-6s %6d s   %s' "$name" "$verdict" $((SECONDS - begun)) "$*")")
 }
+
+# check NAME OPTION...: the part that is `wgmoe check OPTION...`.
+check() {
+    local name=$1
+    shift
+    part "$name" "$wgmoe" check "$@" --json "$results/$name.json"
+}
+
+check cases --cases "$cases" --seed "$seed"
+check determinism --determinism --runs "$runs"
+check exact --exact
+check rows --rows "$rows"
 
 # glibc keeps what it once needed; with this, it gives memory back, and what is measured is what is in use.
 part soak env MALLOC_MMAP_THRESHOLD_=65536 "$wgmoe" soak --forwards "$passes" --json "$results/soak.json"
