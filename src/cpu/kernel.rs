@@ -11,9 +11,10 @@
 //!
 //! Departures from it: `k` advances in blocks, so that a block of weights stays in the L1 cache for all tiles of the
 //! chunk and packed weights are decoded once for all of them; between blocks the accumulators wait in memory, which
-//! does not change their bits. A single tile whose accumulators all fit into the registers has no blocks: weights are
-//! decoded on their way into the multiplication (`Tile`). Where weights are codes times a factor, codes take the place
-//! of weights, and the sums of each span of lines (`Codec::span`) are multiplied by the factor:
+//! does not change their bits. While several tiles are computed with one block of packed weights, the next is asked for.
+//! A single tile whose accumulators all fit into the registers has no blocks: weights are decoded on their way into the
+//! multiplication (`Tile`). Where weights are codes times a factor, codes take the place of weights, and the sums of
+//! each span of lines (`Codec::span`) are multiplied by the factor:
 //! `acc = sum over the span of x * code; sum = acc * factor + sum`. A multiplication for 32 lines instead of one for each.
 
 use super::chunks::{CHUNK_ROWS, Chunk, TILE_ROWS};
@@ -90,9 +91,17 @@ fn multiply_blocks<S: Simd>(
 ) {
     let (depth, first) = (x.len() / chunk.rows.len(), chunk.rows.start);
     let mut factors = [Line::zeroed(); DEPTH_BLOCK / LEAST_SPAN];
-    for k in (0..depth).step_by(decoded.len()) {
+    let (block, num_tiles) = (decoded.len(), chunk.tiles().count());
+    // A single tile, or tiles that read f32 as they multiply, only wait longer with it.
+    let asks = num_tiles > 1 && panel.is_packed();
+    for k in (0..depth).step_by(block) {
         let lines = panel.lines(simd, k, decoded, &mut factors);
-        for rows in chunk.tiles() {
+        for (tile, rows) in chunk.tiles().enumerate() {
+            if asks {
+                // In parts, so that no tile waits for all of it.
+                let part = |tile| k + block + block * tile / num_tiles;
+                panel.prefetch(part(tile)..part(tile + 1));
+            }
             let rows = rows.start - first..rows.end - first;
             let x = &x[rows.start * depth..rows.end * depth][k * rows.len()..][..lines.lines.len() * rows.len()];
             multiply(simd, lines, x, &mut sums[rows]);

@@ -9,6 +9,9 @@ use half::slice::HalfFloatSliceExt;
 use pulp::{NullaryFnOnce, Simd};
 use std::ops::Range;
 
+/// Bytes that a processor gets from memory at a time.
+const CACHE_LINE: usize = 64;
+
 /// What is done with a panel once its codec is known.
 pub(super) trait WithCodec {
     type Output;
@@ -42,6 +45,23 @@ impl<'a> Panel<'a> {
 
     fn region<T: Pod>(&self, region: usize) -> &'a [T] {
         bytemuck::cast_slice(&self.bytes[self.regions[region].clone()])
+    }
+
+    /// Asks for the codes of lines that will soon be read, past the end for those of the next panel. It is a hint: nothing
+    /// is read.
+    #[inline(always)]
+    pub fn prefetch(&self, lines: Range<usize>) {
+        let codes = self.regions[0].len();
+        let place = |line: usize| codes * line / self.depth;
+        for at in (place(lines.start)..place(lines.end)).step_by(CACHE_LINE) {
+            let at = if at < codes { at } else { at - codes + self.bytes.len() };
+            fetch(self.bytes.as_ptr().wrapping_add(at));
+        }
+    }
+
+    /// Its lines have to become f32 before they are multiplied.
+    pub fn is_packed(&self) -> bool {
+        self.format != WeightFormat::F32
     }
 
     /// Its lines are f16.
@@ -141,6 +161,19 @@ impl<'a> Panel<'a> {
             _ => return self.read(Decode { simd, first_line, decoded, factors }),
         };
         Lines { lines, span: usize::MAX, factors: &[] }
+    }
+}
+
+/// Brings what is at `place` into the second cache: the first is full of decoded weights. Without an instruction for that,
+/// nothing.
+#[inline(always)]
+#[cfg_attr(any(not(target_arch = "x86_64"), miri), expect(unused_variables, reason = "nothing is done"))]
+fn fetch(place: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, which takes any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(place.cast()) };
     }
 }
 
@@ -269,6 +302,19 @@ fn decode_f16c(lines: &[[f16; WIDTH]], decoded: &mut [Line]) {
 mod tests {
     use super::*;
     use bytemuck::Zeroable;
+
+    #[test]
+    fn lines_past_the_end_can_be_asked_for() {
+        let lines = [Line([2.0; WIDTH]); 3];
+        let whole = 0..size_of_val(&lines);
+        let panel = Panel::new(WeightFormat::F32, std::slice::from_ref(&whole), 3, bytemuck::cast_slice(&lines));
+        for lines in [0..3, 2..40, 1 << 20..(1 << 20) + 9] {
+            panel.prefetch(lines);
+        }
+        // Nor does a place have to exist.
+        fetch(std::ptr::null());
+        assert_eq!(lines.map(|line| line.0), [[2.0; WIDTH]; 3]);
+    }
 
     #[test]
     fn every_f16_is_decoded_exactly() {
