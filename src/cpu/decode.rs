@@ -4,6 +4,7 @@
 //! in the same order, and whatever is done differently here is exact. Where a weight is a code times a factor that a group
 //! shares, the matmul kernel takes the codes, and multiplies their sums by the factor.
 
+use super::digits::{Codes, Kind};
 use super::panels::{Line, WIDTH};
 use super::widen;
 use super::words::{Field, POWER_23, Words, byte, bytes, shl, shr, split_halves};
@@ -36,6 +37,11 @@ pub(super) trait Codec: Copy {
     /// Vector v of line `k + step`, `k` a multiple of `STEP`.
     fn vector<S: Simd, const V: usize>(&self, simd: S, k: usize, step: usize, v: usize, group: &Group<S, V>)
     -> S::f32s;
+
+    /// Its codes, if they can be multiplied as bytes.
+    fn codes(&self) -> Option<Codes<'_>> {
+        None
+    }
 
     /// Lines whose products are summed before anything else happens to them: no more than a group has, and no more than
     /// [`SPAN`] where the sum is to be multiplied by a factor.
@@ -146,6 +152,15 @@ impl<const BITS: usize, const ZEROS: bool> Codec for Integers<'_, BITS, ZEROS> {
     #[inline(always)]
     fn group_lines(&self) -> usize {
         self.group_lines
+    }
+
+    fn codes(&self) -> Option<Codes<'_>> {
+        let kind = match BITS {
+            4 => Kind::Nibbles,
+            _ if self.is_signed => Kind::SignedBytes,
+            _ => Kind::Bytes,
+        };
+        Some(Codes { kind, words: self.codes, zeros: ZEROS.then_some(self.zeros) })
     }
 
     #[inline(always)]
@@ -313,6 +328,10 @@ impl Codec for SmallFloats<'_> {
     #[inline(always)]
     fn group_lines(&self) -> usize {
         if self.matrix.is_some() { 16 } else { 32 }
+    }
+
+    fn codes(&self) -> Option<Codes<'_>> {
+        Some(Codes { kind: Kind::SmallFloats, words: self.codes, zeros: None })
     }
 
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use super::activate::activate;
 use super::chunks::Chunk;
-use super::kernel::Product;
+use super::kernel::{Input, Product, digits_for};
 use super::panels::{Line, Panels, WIDTH};
 use super::shared::SharedSlice;
 use crate::error::{Error, Result};
@@ -103,6 +103,11 @@ impl Experts {
         }
     }
 
+    /// Digits that rows of the first and second projections need at most, see [`Input::new`].
+    pub fn digits_for(&self, simd: Arch, num_rows: usize) -> usize {
+        digits_for(simd, &self.first, num_rows).max(digits_for(simd, &self.down, num_rows))
+    }
+
     /// Makes room for one more, so that [`Experts::splice`] cannot fail.
     pub fn reserve_one(&mut self) -> Result<()> {
         self.first.reserve_one()?;
@@ -124,34 +129,35 @@ fn place(column: usize) -> (bool, usize) {
 }
 
 /// `intermediate[r, i] = act(s * x[r, :] . gate_proj[expert, i] + gate_bias, s * x[r, :] . up_proj[expert, i] + up_bias)`
-/// `x [num_rows, size]` and `intermediate [num_rows, intermediate_size]` are packed; `factors [num_rows]` are the s,
-/// 1 if there are none.
+/// The input's x `[num_rows, size]` and `intermediate [num_rows, intermediate_size]` are packed; `factors [num_rows]` are
+/// the s, 1 if there are none.
 pub(super) fn gate_up(
     simd: Arch,
     experts: &Experts,
     chunks: &[Chunk],
-    x: &[f32],
+    input: Input<'_>,
     factors: Option<&[f32]>,
     intermediate: &mut [f32],
 ) {
     let intermediate = &SharedSlice::new(intermediate);
-    for_each_product(&experts.first, chunks, x, |product| {
+    for_each_product(&experts.first, chunks, input, |product| {
         simd.dispatch(GateUp { product, experts, factors, intermediate });
     });
 }
 
-/// `out[r, n] = x[r, :] . w[expert, n, :] + bias[expert, n]`; `x [num_rows, K]` is packed, `out [num_rows, N]` is not.
-pub(super) fn project(simd: Arch, weights: &Panels, chunks: &[Chunk], x: &[f32], out: &mut [f32]) {
+/// `out[r, n] = x[r, :] . w[expert, n, :] + bias[expert, n]`; the input's x `[num_rows, K]` is packed, `out [num_rows, N]` is
+/// not.
+pub(super) fn project(simd: Arch, weights: &Panels, chunks: &[Chunk], input: Input<'_>, out: &mut [f32]) {
     let out = &SharedSlice::new(out);
-    for_each_product(weights, chunks, x, |product| simd.dispatch(Project { product, out }));
+    for_each_product(weights, chunks, input, |product| simd.dispatch(Project { product, out }));
 }
 
 /// Every chunk of rows with every panel of its expert, in parallel. Panels vary faster, so that a thread keeps a
 /// chunk's rows in its cache.
-fn for_each_product<'a>(weights: &'a Panels, chunks: &'a [Chunk], x: &'a [f32], run: impl Fn(Product<'a>) + Sync) {
+fn for_each_product<'a>(weights: &'a Panels, chunks: &'a [Chunk], input: Input<'a>, run: impl Fn(Product<'a>) + Sync) {
     let panels = weights.per_expert();
     (0..chunks.len() * panels).into_par_iter().for_each(|task| {
-        run(Product { weights, panel: task % panels, chunk: &chunks[task / panels], x });
+        run(Product { weights, panel: task % panels, chunk: &chunks[task / panels], input });
     });
 }
 
@@ -270,7 +276,7 @@ mod tests {
                 let chunks = chunks(&offsets);
                 let (mut packed, mut out) = (vec![f32::NAN; x.len()], vec![f32::NAN; rows * columns]);
                 pack(&chunks, &mut packed, |r| &x[r * depth..][..depth]);
-                project(simd, &weights, &chunks, &packed, &mut out);
+                project(simd, &weights, &chunks, Input::floats(&packed), &mut out);
                 for (at, &got) in out.iter().enumerate() {
                     let (r, n) = (at / columns, at % columns);
                     let w = &w[(usize::from(r >= offsets[1]) * columns + n) * depth..][..depth];
@@ -348,7 +354,7 @@ mod tests {
                         }
                     };
                     let mut out = vec![f32::NAN; rows * columns];
-                    project(simd, &weights, &chunks, &packed, &mut out);
+                    project(simd, &weights, &chunks, Input::floats(&packed), &mut out);
                     for r in 0..rows {
                         for n in [0, 15, 16, 31, 32, 47, 63, 64, 69] {
                             let (got, expected) = (out[r * columns + n], chain(r, n));

@@ -16,14 +16,16 @@
 //! multiplication (`Tile`). Where weights are codes times a factor, codes take the place of weights, and the sums of
 //! each span of lines (`Codec::span`) are multiplied by the factor:
 //! `acc = sum over the span of x * code; sum = acc * factor + sum`. A multiplication for 32 lines instead of one for each.
+//! Where a processor multiplies bytes, activations become whole numbers like the codes ([`super::digits`]).
 
 use super::chunks::{CHUNK_ROWS, Chunk, TILE_ROWS};
 use super::decode::{Codec, Group, SPAN};
+use super::digits::{Block, Digits, INPUTS, Kind, Rows, Vnni, margin};
 use super::panel::{Lines, Panel, WithCodec};
 use super::panels::{Line, Panels, WIDTH};
 use super::widen::has_halves;
 use bytemuck::Zeroable;
-use pulp::{NullaryFnOnce, Simd};
+use pulp::{Arch, NullaryFnOnce, Simd};
 
 /// Lines of weights worked on at a time by several tiles: 32 KiB, about a core's L1 cache.
 const DEPTH_BLOCK: usize = 128;
@@ -39,15 +41,49 @@ pub(super) struct Product<'a> {
     pub weights: &'a Panels,
     pub panel: usize,
     pub chunk: &'a Chunk,
-    /// All rows of the pass, packed: `[num_rows, weights.depth]`
-    pub x: &'a [f32],
+    pub input: Input<'a>,
+}
+
+/// All rows of a pass.
+#[derive(Clone, Copy)]
+pub(super) struct Input<'a> {
+    /// Packed: `[num_rows, depth]`
+    x: &'a [f32],
+    /// The same as digits, if the matrix is multiplied with these.
+    digits: Option<(Vnni, &'a [Digits])>,
+}
+
+impl<'a> Input<'a> {
+    /// As they are.
+    pub fn floats(x: &'a [f32]) -> Self {
+        Self { x, digits: None }
+    }
+
+    /// As `weights` is multiplied. There is room in `digits` for [`digits_for`] of them.
+    pub fn new(simd: Arch, weights: &Panels, chunks: &[Chunk], x: &'a [f32], digits: &'a mut [Digits]) -> Self {
+        let Some(vnni) = Vnni::for_matrix(simd, weights) else { return Self::floats(x) };
+        let num_rows = chunks.last().map_or(0, |chunk| chunk.rows.end);
+        let digits = &mut digits[..digits_for(simd, weights, num_rows)];
+        vnni.split(chunks, x, digits);
+        Self::of_digits(x, vnni, digits)
+    }
+
+    /// As digits, which were made of x.
+    pub fn of_digits(x: &'a [f32], vnni: Vnni, digits: &'a [Digits]) -> Self {
+        Self { x, digits: Some((vnni, digits)) }
+    }
+}
+
+/// What [`Input::new`] needs for so many rows.
+pub(super) fn digits_for(simd: Arch, weights: &Panels, num_rows: usize) -> usize {
+    Vnni::for_matrix(simd, weights).map_or(0, |_| num_rows * (weights.depth / INPUTS))
 }
 
 impl Product<'_> {
     /// Calls `use_sums(row, sums)` for each row of the chunk; `sums[j] = x[row, :] . w[panel * WIDTH + j, :]`.
     #[inline(always)]
     pub fn for_each_row<S: Simd>(self, simd: S, mut use_sums: impl FnMut(usize, &Line)) {
-        let Product { weights, panel, chunk, x } = self;
+        let Product { weights, panel, chunk, input } = self;
         let (rows, depth) = (chunk.rows.clone(), weights.depth);
         let panel = weights.panel(chunk.expert, panel);
         // No more than are needed: clearing those of a whole chunk would take as long as a row does.
@@ -59,8 +95,12 @@ impl Product<'_> {
             many = [Line::zeroed(); CHUNK_ROWS];
             &mut many[..rows.len()]
         };
-        let x = &x[rows.start * depth..rows.end * depth];
-        if fits_registers::<S>(rows.len()) && (has_halves::<S>() || !panel.is_f16()) {
+        let x = &input.x[rows.start * depth..rows.end * depth];
+        if let Some((vnni, digits)) = input.digits {
+            let per_row = depth / INPUTS;
+            let digits = &digits[rows.start * per_row..rows.end * per_row];
+            panel.read(DigitTiles { simd, panel, vnni, rows: Rows { chunk, x, digits, depth }, sums });
+        } else if fits_registers::<S>(rows.len()) && (has_halves::<S>() || !panel.is_f16()) {
             panel.read(Tile { simd, depth, x, sums });
         } else {
             let (mut short, mut long);
@@ -75,6 +115,69 @@ impl Product<'_> {
         }
         for (row, sums) in rows.zip(&*sums) {
             use_sums(row, sums);
+        }
+    }
+}
+
+/// `sums [rows of the chunk]`, zeros before, by way of digits.
+struct DigitTiles<'a, S> {
+    simd: S,
+    panel: Panel<'a>,
+    vnni: Vnni,
+    rows: Rows<'a>,
+    sums: &'a mut [Line],
+}
+
+impl<S: Simd> WithCodec for DigitTiles<'_, S> {
+    type Output = ();
+
+    fn with_codec<C: Codec>(self, codec: C) {
+        let Self { simd, panel, vnni, rows, sums } = self;
+        let Some(codes) = codec.codes() else { unreachable!("digits are made for codes that are bytes") };
+        let halved = codes.kind == Kind::SmallFloats;
+        let (group_lines, margin) = (codec.group_lines(), margin(rows.depth));
+        let mut factors = [Line::zeroed(); DEPTH_BLOCK / INPUTS];
+        for first_line in (0..rows.depth).step_by(DEPTH_BLOCK) {
+            let lines = first_line..rows.depth.min(first_line + DEPTH_BLOCK);
+            let factors = &mut factors[..lines.len() / INPUTS];
+            simd.vectorize(Factors { simd, codec, first_line, halved, factors });
+            vnni.multiply(&Block { panel, codes, lines, group_lines, margin, factors }, rows, sums);
+        }
+    }
+}
+
+/// The factors of each [`INPUTS`] lines from `first_line` on.
+struct Factors<'a, S, C> {
+    simd: S,
+    codec: C,
+    first_line: usize,
+    /// Codes count halves.
+    halved: bool,
+    factors: &'a mut [Line],
+}
+
+impl<S: Simd, C: Codec> NullaryFnOnce for Factors<'_, S, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        match const { WIDTH / S::F32_LANES } {
+            4 => self.vectors::<4>(),
+            vectors => unreachable!("vectors of 16 floats multiply bytes, not {vectors} of them in a line"),
+        }
+    }
+}
+
+impl<S: Simd, C: Codec> Factors<'_, S, C> {
+    #[inline(always)]
+    fn vectors<const V: usize>(self) {
+        let Self { simd, codec, first_line, halved, factors } = self;
+        let unit = simd.splat_f32s(if halved { 0.5 } else { 1.0 });
+        for (line, out) in (first_line..).step_by(INPUTS).zip(factors) {
+            let group = codec.group::<S, V>(simd, line);
+            for (out, factor) in S::as_mut_simd_f32s(&mut out.0).0.iter_mut().zip(group.factor) {
+                *out = simd.mul_f32s(factor, unit);
+            }
         }
     }
 }

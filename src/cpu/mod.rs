@@ -17,6 +17,8 @@ mod capacity;
 mod chunks;
 mod combine;
 mod decode;
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for instructions that others do not have"))]
+mod digits;
 mod edit;
 mod experts;
 mod kernel;
@@ -43,9 +45,12 @@ use crate::model::config::MoeConfig;
 use crate::model::formats::LayerFormats;
 use crate::model::noise;
 use crate::model::routing::{DROPPED, Noise, NonFinite, RoutingDecision};
+use bytemuck::Zeroable;
 use chunks::{Chunk, chunks};
 use combine::Finish;
+use digits::Digits;
 use experts::Experts;
+use kernel::Input;
 use norm::RmsNorm;
 use panels::Panels;
 use permute::pack;
@@ -83,6 +88,8 @@ pub struct CpuLayer {
 struct Scratch {
     /// Tokens or gathered rows, packed: `[num_rows, hidden_size or expert_size]`
     packed: Vec<f32>,
+    /// Either of both rows as whole numbers, where their matrices are multiplied with these.
+    digits: Vec<Digits>,
     /// Packed: `[num_rows, intermediate_size]`
     intermediate: Vec<f32>,
     /// `[num_rows, expert_size]`
@@ -193,6 +200,8 @@ impl CpuLayer {
         let packed = reserve(&mut scratch.packed, (num_rows * d).max(if needs_x { num_tokens * h } else { 0 }))?;
         let inner = self.shared.as_ref().map_or(0, |shared| shared.intermediate_size);
         let intermediate = reserve(&mut scratch.intermediate, (num_rows * i).max(num_tokens * inner))?;
+        let of_shared = self.shared.as_ref().map_or(0, |shared| shared.digits_for(self.simd, num_tokens));
+        let digits = reserve(&mut scratch.digits, self.experts.digits_for(self.simd, num_rows).max(of_shared))?;
         let shared_out = if self.shared.is_some() { num_tokens * h } else { 0 };
         let expert_out = reserve(&mut scratch.expert_out, (num_rows * d).max(shared_out))?;
         let shared = reserve(&mut scratch.shared, shared_out)?;
@@ -206,11 +215,12 @@ impl CpuLayer {
         }
         if let Some(experts) = &self.shared {
             debug_assert!(packed_is_x);
-            self.add_shared(experts, &tokens, &packed[..num_tokens * h], &decision, intermediate, expert_out, shared);
+            let x = &packed[..num_tokens * h];
+            self.add_shared(experts, &tokens, x, &decision, digits, intermediate, expert_out, shared);
             clock.lap("shared");
         }
         if let Some(projection) = &self.latent_in {
-            self.project(projection, &tokens, &packed[..num_tokens * h], expert_in);
+            self.project(projection, &tokens, Input::floats(&packed[..num_tokens * h]), expert_in);
             clock.lap("latent_in");
         }
         if let Some(norm) = &self.expert_norm {
@@ -233,11 +243,13 @@ impl CpuLayer {
             .weigh_input
             .then(|| rows.assignment_of_row.iter().map(|&a| decision.topk_weights[a]).collect::<Vec<f32>>());
         let intermediate = &mut intermediate[..num_rows * i];
-        experts::gate_up(self.simd, &self.experts, &experts, packed_rows, factors.as_deref(), intermediate);
+        let input = Input::new(self.simd, &self.experts.first, &experts, packed_rows, digits);
+        experts::gate_up(self.simd, &self.experts, &experts, input, factors.as_deref(), intermediate);
         clock.lap("gate_up");
 
         let expert_out = &mut expert_out[..num_rows * d];
-        self.project(&self.experts.down, &experts, intermediate, expert_out);
+        let input = Input::new(self.simd, &self.experts.down, &experts, intermediate, digits);
+        self.project(&self.experts.down, &experts, input, expert_out);
         clock.lap("down");
 
         if let Some(norm) = &self.expert_out_norm {
@@ -264,7 +276,7 @@ impl CpuLayer {
                 clock.lap("combine");
                 let packed = reserve(&mut scratch.packed, num_tokens * d)?;
                 pack(&tokens, packed, |t| &combined[t * d..][..d]);
-                self.project(projection, &tokens, packed, y);
+                self.project(projection, &tokens, Input::floats(packed), y);
                 y.par_chunks_exact_mut(h).enumerate().for_each(|(t, y)| finish.apply(t, y));
                 clock.lap("latent_out");
             }
@@ -295,7 +307,7 @@ impl CpuLayer {
             pack(tokens, packed, |t| &seen[t * h..][..h]);
             let times = |matrix: &Panels| {
                 let mut out = vec![0.0; num_tokens * matrix.columns];
-                self.project(matrix, tokens, packed, &mut out);
+                self.project(matrix, tokens, Input::floats(packed), &mut out);
                 out
             };
             if own {
@@ -358,6 +370,7 @@ impl CpuLayer {
         tokens: &[Chunk],
         x: &[f32],
         decision: &RoutingDecision,
+        digits: &mut [Digits],
         intermediate: &mut [f32],
         out: &mut [f32],
         shared: &mut [f32],
@@ -368,19 +381,21 @@ impl CpuLayer {
         let gated = !decision.shared_weights.is_empty();
         for s in 0..num {
             let chunks: Vec<Chunk> = tokens.iter().map(|chunk| Chunk { expert: s, ..chunk.clone() }).collect();
-            experts::gate_up(self.simd, experts, &chunks, x, None, intermediate);
+            let input = Input::new(self.simd, &experts.first, &chunks, x, digits);
+            experts::gate_up(self.simd, experts, &chunks, input, None, intermediate);
+            let input = Input::new(self.simd, &experts.down, &chunks, intermediate, digits);
             if num == 1 && !gated {
-                return self.project(&experts.down, &chunks, intermediate, shared);
+                return self.project(&experts.down, &chunks, input, shared);
             }
-            self.project(&experts.down, &chunks, intermediate, out);
+            self.project(&experts.down, &chunks, input, out);
             let weight = |t| if gated { decision.shared_weights[t * num + s] } else { 1.0 };
             let width = self.config.hidden_size() as usize;
             combine::add_weighted(self.simd, width, shared, out, s == 0, weight);
         }
     }
 
-    fn project(&self, weights: &Panels, chunks: &[Chunk], x: &[f32], out: &mut [f32]) {
-        experts::project(self.simd, weights, chunks, x, out);
+    fn project(&self, weights: &Panels, chunks: &[Chunk], input: Input<'_>, out: &mut [f32]) {
+        experts::project(self.simd, weights, chunks, input, out);
     }
 
     /// `num_tokens` of a pass.
@@ -404,11 +419,12 @@ impl CpuLayer {
 }
 
 /// The first `len` elements of `buffer`, which grows if it must. What they hold is left over from earlier.
-fn reserve(buffer: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
+fn reserve<T: Copy + Zeroable>(buffer: &mut Vec<T>, len: usize) -> Result<&mut [T]> {
     if buffer.len() < len {
-        let out_of_memory = |_| Error::OutOfMemory { during: format!("reserving {len} floats of scratch memory") };
+        let bytes = len.saturating_mul(size_of::<T>());
+        let out_of_memory = |_| Error::OutOfMemory { during: format!("reserving {bytes} bytes of scratch memory") };
         buffer.try_reserve_exact(len - buffer.len()).map_err(out_of_memory)?;
-        buffer.resize(len, 0.0);
+        buffer.resize(len, T::zeroed());
     }
     Ok(&mut buffer[..len])
 }

@@ -47,15 +47,28 @@ impl<'a> Panel<'a> {
         bytemuck::cast_slice(&self.bytes[self.regions[region].clone()])
     }
 
-    /// Asks for the codes of lines that will soon be read, past the end for those of the next panel. It is a hint: nothing
-    /// is read.
+    /// Asks for lines that will soon be read and what they share, past the end for those of the next panel. It is a
+    /// hint: nothing is read.
     #[inline(always)]
     pub fn prefetch(&self, lines: Range<usize>) {
-        let codes = self.regions[0].len();
-        let place = |line: usize| codes * line / self.depth;
-        for at in (place(lines.start)..place(lines.end)).step_by(CACHE_LINE) {
-            let at = if at < codes { at } else { at - codes + self.bytes.len() };
-            fetch(self.bytes.as_ptr().wrapping_add(at));
+        self.prefetch_regions(0, lines);
+    }
+
+    /// The same without the codes.
+    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for digits only"))]
+    pub fn prefetch_shared(&self, lines: Range<usize>) {
+        self.prefetch_regions(1, lines);
+    }
+
+    #[inline(always)]
+    fn prefetch_regions(&self, first: usize, lines: Range<usize>) {
+        for region in &self.regions[first..] {
+            let place = |line: usize| region.len() * line / self.depth;
+            for at in (place(lines.start)..place(lines.end)).step_by(CACHE_LINE) {
+                let at = if at < region.len() { at } else { at - region.len() + self.bytes.len() };
+                fetch(self.bytes.as_ptr().wrapping_add(region.start + at));
+            }
         }
     }
 
@@ -168,7 +181,7 @@ impl<'a> Panel<'a> {
 /// nothing.
 #[inline(always)]
 #[cfg_attr(any(not(target_arch = "x86_64"), miri), expect(unused_variables, reason = "nothing is done"))]
-fn fetch(place: *const u8) {
+pub(super) fn fetch(place: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};

@@ -116,6 +116,11 @@ impl Panels {
         self.bias.is_some()
     }
 
+    /// How weights are stored.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     /// Bytes of a packed row.
     pub fn row_bytes(&self) -> usize {
         self.format.layout(self.depth).bytes

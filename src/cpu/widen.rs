@@ -9,6 +9,9 @@ use pulp::Simd;
 /// f16 numbers in the upper half of each word; the lower one is not looked at.
 #[inline(always)]
 pub(super) fn half<S: Simd>(simd: S, code: S::u32s) -> S::f32s {
+    if let Some(value) = special::half(simd, code) {
+        return value;
+    }
     let sign = simd.and_u32s(code, simd.splat_u32s(1 << 31));
     let magnitude = simd.and_u32s(shr(simd, code, 3), simd.splat_u32s(0x0fff_e000));
     let normal = simd.transmute_f32s_u32s(simd.add_u32s(magnitude, simd.splat_u32s((127 - 15) << 23)));
@@ -90,6 +93,14 @@ mod special {
     }
 
     #[inline(always)]
+    pub fn half<S: Simd>(simd: S, code: S::u32s) -> Option<S::f32s> {
+        let v4 = (&simd as &dyn Any).downcast_ref::<V4>()?;
+        let code: __m512i = bytemuck::cast(code);
+        let halves = v4.avx512f._mm512_cvtepi32_epi16(v4.avx512f._mm512_srli_epi32::<16>(code));
+        Some(bytemuck::cast(v4.avx512f._mm512_cvtph_ps(halves)))
+    }
+
+    #[inline(always)]
     pub fn e2m1<S: Simd>(simd: S, code: S::u32s) -> Option<S::f32s> {
         const VALUES: [f32; 16] =
             [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
@@ -140,6 +151,11 @@ mod special {
     #[inline(always)]
     pub fn has_halves<S: Simd>() -> bool {
         false
+    }
+
+    #[inline(always)]
+    pub fn half<S: Simd>(_: S, _: S::u32s) -> Option<S::f32s> {
+        None
     }
 
     #[inline(always)]
