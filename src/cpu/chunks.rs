@@ -36,6 +36,18 @@ pub(super) fn chunks(expert_offsets: &[usize]) -> Vec<Chunk> {
     chunks
 }
 
+/// The tiles of all chunks, which cover all rows in order, each with its part of `rows [num_rows, width]`.
+pub(super) fn cut<'a, T>(chunks: &[Chunk], rows: &'a mut [T], width: usize) -> Vec<(Range<usize>, &'a mut [T])> {
+    let mut rest = rows;
+    let mut pieces = Vec::with_capacity(chunks.len());
+    for tile in chunks.iter().flat_map(Chunk::tiles) {
+        let (piece, after) = rest.split_at_mut(tile.len() * width);
+        rest = after;
+        pieces.push((tile, piece));
+    }
+    pieces
+}
+
 /// `range` in as few pieces of at most `most` as possible, lengths differing by at most one.
 fn even(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
     let pieces = range.len().div_ceil(most);

@@ -16,7 +16,7 @@
 //!
 //! Processors without this instruction use none of it, nor do other formats: [`Vnni::for_matrix`].
 
-use super::chunks::Chunk;
+use super::chunks::{Chunk, cut};
 use super::panel::Panel;
 use super::panels::{Line, Panels};
 use super::words::Words;
@@ -46,7 +46,7 @@ pub(super) struct Digits {
 /// block's inputs, zeros left out, are smaller than that, they could lose too much of a product in which the code of
 /// the largest is zero: an input's error is half a unit, the product's up to some 20 (random signs, 4 sigma), and
 /// `4 sqrt(depth) 2^-24` of the sum of all magnitudes is what is allowed.
-pub(super) fn margin(depth: usize) -> u32 {
+fn margin(depth: usize) -> u32 {
     (16.0 * (depth as f32 / INPUTS as f32).sqrt()).to_bits() - 1f32.to_bits()
 }
 
@@ -61,7 +61,7 @@ pub(super) struct Codes<'a> {
 }
 
 /// What codes are.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(super) enum Kind {
     /// Four bits.
     Nibbles,
@@ -81,9 +81,7 @@ pub(super) struct Block<'a> {
     pub lines: Range<usize>,
     /// Lines that share a zero.
     pub group_lines: usize,
-    /// See [`margin`].
-    pub margin: u32,
-    /// Of each [`INPUTS`] lines: what codes count, half of it for E2M1.
+    /// Of each [`INPUTS`] lines: what codes count.
     pub factors: &'a [Line],
 }
 
@@ -115,18 +113,10 @@ impl Vnni {
 
     /// `digits [rows, depth / INPUTS]` of packed `x [rows, depth]`, in parallel.
     pub fn split(self, chunks: &[Chunk], x: &[f32], digits: &mut [Digits]) {
-        let mut rest = (x, digits);
-        let mut tiles = Vec::with_capacity(chunks.len());
-        let num_rows = chunks.last().map_or(0, |chunk| chunk.rows.end);
-        for rows in chunks.iter().flat_map(Chunk::tiles).map(|rows| rows.len()) {
-            let (x, next_x) = rest.0.split_at(x.len() / num_rows * rows);
-            let (digits, next) = rest.1.split_at_mut(x.len() / INPUTS);
-            rest = (next_x, next);
-            tiles.push((x, rows, digits));
-        }
-        tiles.into_par_iter().for_each(|(x, rows, digits)| {
-            let margin = margin(x.len() / rows);
-            imp::split(self.0, x, rows, margin, digits);
+        let Some(num_rows) = chunks.last().map(|chunk| chunk.rows.end) else { return };
+        let depth = x.len() / num_rows;
+        cut(chunks, digits, depth / INPUTS).into_par_iter().for_each(|(rows, digits)| {
+            imp::split(self.0, &x[rows.start * depth..rows.end * depth], rows.len(), digits);
         });
     }
 
@@ -138,7 +128,7 @@ impl Vnni {
 
 #[cfg(target_arch = "x86_64")]
 mod imp {
-    use super::{Block, Digits, INPUTS, Kind, Line, Rows};
+    use super::{Block, Digits, INPUTS, Kind, Line, Rows, margin};
     use crate::cpu::panel::fetch;
     use crate::cpu::words::Words;
     use bytemuck::Zeroable;
@@ -153,9 +143,9 @@ mod imp {
         (matches!(simd, Arch::V4(_)) && is_x86_feature_detected!("avx512vnni")).then_some(Proof(()))
     }
 
-    pub fn split(_: Proof, x: &[f32], rows: usize, margin: u32, digits: &mut [Digits]) {
+    pub fn split(_: Proof, x: &[f32], rows: usize, digits: &mut [Digits]) {
         // SAFETY: there is a proof that the processor has these instructions.
-        unsafe { split_tile(x, rows, margin, digits) }
+        unsafe { split_tile(x, rows, digits) }
     }
 
     pub fn multiply(_: Proof, block: &Block<'_>, rows: Rows<'_>, sums: &mut [Line]) {
@@ -249,7 +239,8 @@ mod imp {
 
     /// `digits [rows, depth / INPUTS]` of a tile `x [depth, rows]`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    fn split_tile(x: &[f32], rows: usize, margin: u32, digits: &mut [Digits]) {
+    fn split_tile(x: &[f32], rows: usize, digits: &mut [Digits]) {
+        let margin = margin(x.len() / rows);
         let per_row = digits.len() / rows;
         for (row, digits) in digits.chunks_exact_mut(per_row).enumerate() {
             for (n, digits) in digits.iter_mut().enumerate() {
@@ -339,7 +330,7 @@ mod imp {
                 if of_rows[r].has_rest {
                     let x = &x[tile.start * depth..tile.end * depth];
                     let x = inputs(x, tile.len(), at + r - tile.start, input);
-                    add_rest::<KIND, ZEROS>(block, part, x, &mut sums[r]);
+                    add_rest::<KIND, ZEROS>(block, part, x, margin(depth), &mut sums[r]);
                 }
             }
         }
@@ -352,11 +343,12 @@ mod imp {
         block: &Block<'_>,
         part: usize,
         mut x: [f32; INPUTS],
+        margin: u32,
         sum: &mut Line,
     ) {
         loop {
             x = rest(&x);
-            let digits = split_inputs(&x, block.margin);
+            let digits = split_inputs(&x, margin);
             add_products::<1, KIND, ZEROS>(block, part, false, [&digits], std::array::from_mut(sum));
             if !digits.has_rest {
                 break;
@@ -406,7 +398,12 @@ mod imp {
                 }
             }
         }
-        let factor: [__m512; VECTORS] = bytemuck::cast(factors[part].0);
+        let mut factor: [__m512; VECTORS] = bytemuck::cast(factors[part].0);
+        if KIND == SMALL_FLOATS {
+            for factor in &mut factor {
+                *factor = _mm512_mul_ps(*factor, _mm512_set1_ps(0.5));
+            }
+        }
         for r in 0..R {
             let unit = _mm512_set1_ps(x[r].unit);
             for v in 0..VECTORS {
@@ -428,7 +425,7 @@ mod imp {
         const DOUBLES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
         let load = |n: usize| bytemuck::cast(words[n]);
         if KIND == NIBBLES || KIND == SMALL_FLOATS {
-            let [low, high] = join_bytes(load(0), load(1));
+            let [low, high] = join::<8>(load(0), load(1));
             let mut codes = [low, _mm512_srli_epi32::<4>(low), high, _mm512_srli_epi32::<4>(high)];
             for codes in &mut codes {
                 *codes = _mm512_and_si512(*codes, _mm512_set1_epi8(15));
@@ -438,9 +435,9 @@ mod imp {
             }
             codes
         } else {
-            let [even, odd] = join_bytes(load(0), load(2));
-            let [next_even, next_odd] = join_bytes(load(1), load(3));
-            let ([a, c], [b, d]) = (join_halves(even, next_even), join_halves(odd, next_odd));
+            let [even, odd] = join::<8>(load(0), load(2));
+            let [next_even, next_odd] = join::<8>(load(1), load(3));
+            let ([a, c], [b, d]) = (join::<16>(even, next_even), join::<16>(odd, next_odd));
             let mut codes = [a, b, c, d];
             if KIND == SIGNED_BYTES {
                 for codes in &mut codes {
@@ -451,26 +448,15 @@ mod imp {
         }
     }
 
-    /// Bytes 0 and 2 of each word, those of `a` and `b` in turn, and bytes 1 and 3.
+    /// Every other field of `BITS` bits, 8 or 16, those of `a` and `b` in turn: from the lowest on, and from the second.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     #[inline]
-    fn join_bytes(a: __m512i, b: __m512i) -> [__m512i; 2] {
+    fn join<const BITS: u32>(a: __m512i, b: __m512i) -> [__m512i; 2] {
         // Of the second where the mask is, else of the third.
-        let mask = _mm512_set1_epi32(0x00ff_00ff);
+        let mask = _mm512_set1_epi32(if BITS == 8 { 0x00ff_00ff } else { 0x0000_ffff });
         [
-            _mm512_ternarylogic_epi32::<0xca>(mask, a, _mm512_slli_epi32::<8>(b)),
-            _mm512_ternarylogic_epi32::<0xca>(mask, _mm512_srli_epi32::<8>(a), b),
-        ]
-    }
-
-    /// The lower half of each word, `a`'s and then `b`'s, and the upper one.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    #[inline]
-    fn join_halves(a: __m512i, b: __m512i) -> [__m512i; 2] {
-        let mask = _mm512_set1_epi32(0xffff);
-        [
-            _mm512_ternarylogic_epi32::<0xca>(mask, a, _mm512_slli_epi32::<16>(b)),
-            _mm512_ternarylogic_epi32::<0xca>(mask, _mm512_srli_epi32::<16>(a), b),
+            _mm512_ternarylogic_epi32::<0xca>(mask, a, _mm512_slli_epi32::<BITS>(b)),
+            _mm512_ternarylogic_epi32::<0xca>(mask, _mm512_srli_epi32::<BITS>(a), b),
         ]
     }
 
@@ -514,7 +500,7 @@ mod imp {
         None
     }
 
-    pub fn split(proof: Proof, _: &[f32], _: usize, _: u32, _: &mut [Digits]) {
+    pub fn split(proof: Proof, _: &[f32], _: usize, _: &mut [Digits]) {
         match proof {}
     }
 
@@ -531,6 +517,7 @@ mod tests {
     use crate::cpu::experts::project;
     use crate::cpu::kernel::Input;
     use crate::cpu::permute::pack;
+    use crate::cpu::tests::values;
     use crate::model::formats;
     use bytemuck::Zeroable;
 
@@ -550,15 +537,6 @@ mod tests {
                 (weights, formats::decode(format, depth, &packed))
             })
             .collect()
-    }
-
-    fn values(len: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut value = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..len).map(|_| value()).collect()
     }
 
     /// `[rows, 64]` by way of digits that `change` may spoil, or None where the processor has no instruction for them.

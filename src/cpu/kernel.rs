@@ -20,7 +20,7 @@
 
 use super::chunks::{CHUNK_ROWS, Chunk, TILE_ROWS};
 use super::decode::{Codec, Group, SPAN};
-use super::digits::{Block, Digits, INPUTS, Kind, Rows, Vnni, margin};
+use super::digits::{Block, Digits, INPUTS, Rows, Vnni};
 use super::panel::{Lines, Panel, WithCodec};
 use super::panels::{Line, Panels, WIDTH};
 use super::widen::has_halves;
@@ -134,14 +134,13 @@ impl<S: Simd> WithCodec for DigitTiles<'_, S> {
     fn with_codec<C: Codec>(self, codec: C) {
         let Self { simd, panel, vnni, rows, sums } = self;
         let Some(codes) = codec.codes() else { unreachable!("digits are made for codes that are bytes") };
-        let halved = codes.kind == Kind::SmallFloats;
-        let (group_lines, margin) = (codec.group_lines(), margin(rows.depth));
+        let group_lines = codec.group_lines();
         let mut factors = [Line::zeroed(); DEPTH_BLOCK / INPUTS];
         for first_line in (0..rows.depth).step_by(DEPTH_BLOCK) {
             let lines = first_line..rows.depth.min(first_line + DEPTH_BLOCK);
             let factors = &mut factors[..lines.len() / INPUTS];
-            simd.vectorize(Factors { simd, codec, first_line, halved, factors });
-            vnni.multiply(&Block { panel, codes, lines, group_lines, margin, factors }, rows, sums);
+            simd.vectorize(Factors { simd, codec, first_line, factors });
+            vnni.multiply(&Block { panel, codes, lines, group_lines, factors }, rows, sums);
         }
     }
 }
@@ -151,8 +150,6 @@ struct Factors<'a, S, C> {
     simd: S,
     codec: C,
     first_line: usize,
-    /// Codes count halves.
-    halved: bool,
     factors: &'a mut [Line],
 }
 
@@ -171,13 +168,9 @@ impl<S: Simd, C: Codec> NullaryFnOnce for Factors<'_, S, C> {
 impl<S: Simd, C: Codec> Factors<'_, S, C> {
     #[inline(always)]
     fn vectors<const V: usize>(self) {
-        let Self { simd, codec, first_line, halved, factors } = self;
-        let unit = simd.splat_f32s(if halved { 0.5 } else { 1.0 });
-        for (line, out) in (first_line..).step_by(INPUTS).zip(factors) {
-            let group = codec.group::<S, V>(simd, line);
-            for (out, factor) in S::as_mut_simd_f32s(&mut out.0).0.iter_mut().zip(group.factor) {
-                *out = simd.mul_f32s(factor, unit);
-            }
+        for (line, out) in (self.first_line..).step_by(INPUTS).zip(self.factors) {
+            let group = self.codec.group::<S, V>(self.simd, line);
+            S::as_mut_simd_f32s(&mut out.0).0.copy_from_slice(&group.factor);
         }
     }
 }

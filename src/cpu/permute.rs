@@ -1,7 +1,7 @@
 //! Stage 2: assignments sorted by expert, and their tokens gathered in that order. Assignments that nobody computes,
 //! and those of experts without weights, get no row.
 
-use super::chunks::Chunk;
+use super::chunks::{Chunk, cut};
 use crate::model::routing::RoutingDecision;
 use rayon::prelude::*;
 
@@ -46,14 +46,7 @@ pub(super) fn permute(decision: &RoutingDecision, num_weighted_experts: usize) -
 pub(super) fn pack<'a>(chunks: &[Chunk], packed: &mut [f32], row_of: impl Fn(usize) -> &'a [f32] + Sync) {
     let num_rows = chunks.last().map_or(0, |chunk| chunk.rows.end);
     let Some(width) = packed.len().checked_div(num_rows) else { return };
-    let mut rest = packed;
-    let mut pieces = Vec::with_capacity(chunks.len());
-    for rows in chunks.iter().flat_map(|chunk| chunk.tiles()) {
-        let (piece, after) = rest.split_at_mut(rows.len() * width);
-        rest = after;
-        pieces.push((rows, piece));
-    }
-    pieces.into_par_iter().for_each(|(rows, piece)| {
+    cut(chunks, packed, width).into_par_iter().for_each(|(rows, piece)| {
         let stride = rows.len();
         for (r, row) in rows.enumerate() {
             for (to, &from) in piece[r..].iter_mut().step_by(stride).zip(row_of(row)) {

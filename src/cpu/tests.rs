@@ -8,7 +8,7 @@ use crate::model::routing::Routing;
 use crate::model::source::{ExpertKind, ExpertMatrix, ExpertSource, HostSource, Projection};
 use crate::model::weights::{ExtraWeights, MoeWeights};
 
-fn values(len: usize, seed: u32) -> Vec<f32> {
+pub(super) fn values(len: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
     let mut value = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
